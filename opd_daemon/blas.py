@@ -1,0 +1,74 @@
+"""A fast BLAS for MLX on Linux CPUs, loaded before MLX itself.
+
+The CPU build of MLX for Linux carries the reference BLAS: a 512×576×1536 float32 product runs at about 2 GFLOP/s
+instead of more than 100. A real OpenBLAS that is already in the process's global symbol scope takes its place.
+So every package that imports MLX says first: `from opd_daemon import blas; blas.preload()`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import logging
+import sys
+from functools import cache
+from importlib import metadata
+
+logger = logging.getLogger(__name__)
+
+CURE = "install OpenBLAS (Debian, Ubuntu: apt-get install libopenblas0-pthread; Fedora, Arch: package openblas)"
+
+# Fedora's plain libopenblas.so.0 is the single-threaded build, so the threaded name comes first.
+LIBRARY_NAMES = ("libopenblasp.so.0", "libopenblas.so.0", "libopenblaso.so.0")
+CUDA_DISTRIBUTIONS = ("mlx-cuda-12", "mlx-cuda-13")
+
+
+@cache
+def preload() -> None:
+    """Make OpenBLAS answer MLX's matrix products; a second call does nothing.
+
+    Does nothing either on macOS, where MLX has Metal and Accelerate, and with a CUDA build of MLX. Logs one warning
+    with the cure when OpenBLAS is missing, or when MLX was imported too early to be helped.
+    """
+    if sys.platform != "linux" or _has_cuda_build() or active():
+        return
+    if "mlx.core" in sys.modules:
+        logger.warning(
+            "mlx was imported before opd_daemon, so its slow built-in BLAS stays (about 50 times slower): "
+            "import opd_daemon.blas and call preload() first, or set LD_PRELOAD=libopenblas.so.0"
+        )
+    elif not _load():
+        logger.warning("no OpenBLAS found, so mlx will run about 50 times slower on this CPU: %s", CURE)
+
+
+def active() -> bool:
+    """Whether an OpenBLAS is in this process's global symbol scope, through `preload` or LD_PRELOAD."""
+    # numpy's private OpenBLAS has prefixed names and local scope: it neither shows here nor helps MLX.
+    process = ctypes.CDLL(None)
+    return hasattr(process, "openblas_get_config") and hasattr(process, "cblas_sgemm")
+
+
+def _has_cuda_build() -> bool:
+    return any(_installed(name) for name in CUDA_DISTRIBUTIONS)
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _load() -> bool:
+    return any(_open(name) for name in LIBRARY_NAMES) or _open(ctypes.util.find_library("openblas"))
+
+
+def _open(name: str | None) -> bool:
+    if name is None:
+        return False
+    try:
+        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return active()
