@@ -1,0 +1,199 @@
+"""The run configuration, its presets and its YAML form.
+
+Field names, defaults and presets are part of the contract: the same names are used in YAML files, in
+`CreateRunRequest.config` and in `opd distill --set name=value`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
+from opd_daemon.names import RULE, is_identifier
+
+
+def _identifier(value: str) -> str:
+    if value and not is_identifier(value):
+        raise ValueError(f"use {RULE}")
+    return value
+
+
+Identifier = Annotated[str, AfterValidator(_identifier)]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+Divergence = Literal["reverse_kl", "forward_kl"]
+Support = Literal["student", "teacher"]
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+class LoraConfig(BaseModel):
+    """A fresh LoRA adapter, in mlx-lm's own terms. Ignored when `student_adapter_path` brings an adapter."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    scale: Positive = Field(2.0, description="Factor on the adapter's output (mlx-lm's scale, not alpha).")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    num_layers: int = Field(-1, ge=-1, description="Adapt this many last blocks; -1 adapts all.")
+    keys: list[str] | None = Field(
+        None, description="Names inside a block, such as self_attn.q_proj; None: every linear."
+    )
+
+
+class RunConfig(BaseModel):
+    """Everything one run is made of. Paths are on the daemon's machine; `~` is expanded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    run_id: Identifier = Field("", description="Empty: distill_YYYYMMDD_HHMMSS.")
+    session_id: Identifier = Field("", description="Session of a host application this run belongs to.")
+    trainer: str = Field("on_policy", min_length=1, description="Name of a trainer; ListTrainers shows them.")
+    trainer_options: dict[str, Any] = Field(default_factory=dict, description="Options of that trainer's own.")
+
+    base_model_path: str = Field(min_length=1, description="Student base model: an mlx-lm folder.")
+    teacher_model_path: str = Field(min_length=1, description="Teacher model: an mlx-lm folder.")
+    student_adapter_path: str = Field("", description="Adapter to start from; empty starts a fresh LoRA.")
+    output_adapter_path: str = Field(
+        "", description="Where the final adapter is copied to; empty: only the checkpoints."
+    )
+
+    prompts_path: str = Field("", description="JSONL file with training rows.")
+    validation_prompts_path: str = Field("", description="JSONL file with held-out rows; empty splits prompts_path.")
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="Share held out when one file serves both."
+    )
+    max_prompts: Count = Field(1000, description="Use at most this many training rows.")
+    max_validation_prompts: Count = Field(50, description="Evaluate on at most this many held-out rows.")
+    max_prompt_tokens: Count = Field(1024, description="Longer prompts are refused, with their line.")
+
+    num_steps: Count = Field(1000, description="Optimizer updates.")
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(2, description="Sequences in a micro-batch.")
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] = Field(4, description="Micro-batches in a step.")
+    learning_rate: Positive = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    lr_schedule: Schedule = "cosine"
+    max_grad_norm: Positive = 1.0
+    weight_decay: NonNegative = 0.0
+
+    divergence: Divergence = "reverse_kl"
+    support: Support = Field(
+        "student", description="Whose likely ids carry the sparse divergence; a tail carries the rest."
+    )
+    top_k: Annotated[int, Field(ge=1, le=1024)] = Field(64, description="Ids per position in the sparse divergence.")
+    temperature: Positive = Field(2.0, le=100.0, description="Of both distributions in the loss; times T².")
+    kl_weight: NonNegative = 0.8
+    ce_weight: NonNegative = 0.2
+    use_teacher_targets: bool = Field(True, description="Offline: train on the teacher's completions, not the data's.")
+
+    max_generation_tokens: Annotated[int, Field(ge=1, le=131_072)] = 512
+    generation_temperature: NonNegative = Field(1.0, description="Of sampling; 0 is greedy.")
+
+    eval_every: Count = 100
+    checkpoint_every: Count = 100
+    keep_last_n: Count = Field(3, description="Checkpoints kept besides best and final.")
+    save_best_only: bool = False
+
+    use_cache: bool = Field(True, description="Look teacher results up in the daemon's cache and keep new ones.")
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
+    mixed_precision: bool = Field(True, description="Keep a 16-bit base in 16 bits; false loads it in float32.")
+    lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> RunConfig:
+        if self.kl_weight + self.ce_weight <= 0:
+            raise ValueError("kl_weight and ce_weight are both 0: nothing would be learned; raise one of them")
+        if not self.prompts_path and not self.validation_prompts_path:
+            raise ValueError('prompts_path names no file; give a JSONL file with rows like {"prompt": "…"}')
+        return self
+
+    def expanded(self) -> RunConfig:
+        """The same configuration with `~` and relative paths made absolute (for the process that reads the file)."""
+        names = [name for name in type(self).model_fields if name.endswith("_path")]
+        paths = {name: str(Path(value).expanduser().absolute()) for name in names if (value := getattr(self, name))}
+        return self.model_copy(update=paths)
+
+    def to_yaml(self) -> str:
+        """The complete configuration as YAML, loadable by `load_yaml`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"num_steps": 100, "batch_size": 1, "max_prompts": 50},
+    "quality": {"num_steps": 2000, "gradient_accumulation_steps": 8, "temperature": 3.0},
+    "memory": {"batch_size": 1, "gradient_accumulation_steps": 8, "max_prompts": 500, "use_cache": True},
+}
+PRESET_SUMMARIES = {
+    "fast": "fast iteration: 100 steps, batch 1, 50 prompts",
+    "quality": "high quality: 2000 steps, accumulation 8, temperature 3",
+    "memory": "memory efficient: batch 1, accumulation 8, 500 prompts, cache on",
+}
+
+
+def parse_config(values: dict[str, Any]) -> RunConfig:
+    """Validate plain data.
+
+    Raises:
+        OpdError: INVALID_RUN_CONFIG with one violation per fault, fields named `config.<name>`.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as fault:
+        raise violations_error(config_violations(fault), Reason.INVALID_RUN_CONFIG) from None
+
+
+def config_violations(fault: ValidationError, prefix: str = "config") -> list[FieldViolation]:
+    """One violation per pydantic error, each with the offending value and what is allowed."""
+    violations = []
+    for entry in fault.errors(include_url=False):
+        path = ".".join([prefix, *(str(part) for part in entry["loc"])])
+        message = entry["msg"].removeprefix("Value error, ")
+        if entry["type"] == "extra_forbidden":
+            message = f"no such field; did you mean {_nearest(str(entry['loc'][-1]))}?"
+        elif entry["type"] not in ("missing", "value_error") or entry["loc"]:
+            message = f"{_shown(entry.get('input'))}: {message[:1].lower()}{message[1:]}"
+        violations.append(FieldViolation(path, message))
+    return violations
+
+
+def _nearest(name: str) -> str:
+    from difflib import get_close_matches
+
+    known = [*RunConfig.model_fields, *LoraConfig.model_fields]
+    return (get_close_matches(name, known, n=1, cutoff=0.0) or ["another name"])[0]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a configuration file into plain data, not yet validated.
+
+    Raises:
+        OpdError: INVALID_RUN_CONFIG naming file and line when it can't be read or isn't a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OpdError(Reason.INVALID_RUN_CONFIG, f"{path}: no such file", path=path) from None
+    except (OSError, UnicodeDecodeError) as fault:
+        raise OpdError(Reason.INVALID_RUN_CONFIG, f"{path}: can't be read: {fault}", path=path) from None
+    except yaml.YAMLError as fault:
+        mark = getattr(fault, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(fault, "problem", None) or "not YAML"
+        raise OpdError(Reason.INVALID_RUN_CONFIG, f"{place}: {problem}", path=path) from None
+    if not isinstance(values, dict):
+        raise OpdError(Reason.INVALID_RUN_CONFIG, f"{path}: holds no 'name: value' lines", path=path)
+    return values

@@ -1,0 +1,122 @@
+"""What authors of trainers see: how a trainer is described, what it is given, what it may report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from opd_daemon.config import RunConfig
+from opd_daemon.home import RunFolders
+from opd_daemon.types import CachedScores, EventKind, GeneratedToken, GenerateRequest, ScoreRequest, TeacherInfo
+
+if TYPE_CHECKING:
+    from opd_daemon.distill.data import PromptSet
+    from opd_daemon.distill.loop import TrainingLoop
+    from opd_daemon.distill.student import Student
+
+
+class NoOptions(BaseModel):
+    """Options of a trainer that has none of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Trainer(Protocol):
+    """A training method. `train` runs in a worker process and returns when the run is complete or was asked to stop."""
+
+    def train(self, context: TrainContext) -> None:
+        """Train `context.student` until `context.loop` ends."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerInfo:
+    """A trainer as plugins register it. `factory` is called in the worker only, so it may import heavy modules."""
+
+    name: str
+    version: str
+    summary: str
+    factory: Callable[[], Trainer]
+    options: type[BaseModel] = NoOptions
+
+
+class RunRefused(Exception):
+    """Raised by `opd_before_run_started` to refuse a run; the text is shown to the person who asked for it."""
+
+
+class Teacher(Protocol):
+    """The resident teacher, from a worker's point of view. Calls block until the daemon has answered."""
+
+    @property
+    def info(self) -> TeacherInfo:
+        """Facts of the loaded teacher."""
+        ...
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[CachedScores]:
+        """Score token sequences; one result per request, in order."""
+        ...
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[list[GeneratedToken]]:
+        """Let the teacher continue prompts; one completion per request, in order."""
+        ...
+
+    def head(self) -> TeacherHead:
+        """The teacher's output head, fetched once. Raises HIDDEN_NOT_SUPPORTED where it can't be split off."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TeacherHead:
+    """Weights that turn hidden states into logits, exactly as the teacher holds them.
+
+    tensors: name → numpy array (bfloat16 as uint16 bit patterns, see `dtypes`): `weight` (V, D) and, where quantised,
+    `scales`, `biases`; optional `bias` (V,). group_size and bits are 0 when the head is not quantised.
+    """
+
+    tensors: dict[str, Any]
+    dtypes: dict[str, str]
+    group_size: int = 0
+    bits: int = 0
+    mode: str = "affine"
+
+
+class Reporter(Protocol):
+    """Where a run's events go."""
+
+    def started(self) -> None:
+        """The student is loaded and training begins."""
+        ...
+
+    def event(self, kind: EventKind, payload: dict[str, Any]) -> None:
+        """Report a durable event; returns once it is on its way, in order."""
+        ...
+
+    def gauges(self, values: dict[str, float]) -> None:
+        """Report readings of which only the latest matters."""
+        ...
+
+
+@dataclass(slots=True)
+class TrainContext:
+    """Everything a trainer needs.
+
+    `loop` yields the steps still to do and takes care of schedule, accumulation, clipping, evaluation, checkpoints,
+    metrics and stopping, so a trainer only says what one step does.
+    """
+
+    run_id: str
+    config: RunConfig
+    options: BaseModel
+    folders: RunFolders
+    teacher: Teacher
+    student: Student
+    prompts: PromptSet
+    loop: TrainingLoop
+    reporter: Reporter
+    should_stop: Callable[[], bool]
+    resume_from: Path | None = None
+    masked_token_ids: tuple[int, ...] = field(default=())
