@@ -1,0 +1,382 @@
+"""The daemon's memory: runs, the event log, metrics and checkpoints in one SQLite file.
+
+A `Store` is synchronous and belongs to one thread at a time; `events.EventLog` is its asynchronous owner. A change of
+a run and the events that tell of it are written in one transaction, flushed to the disk before it counts as done.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import sys
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from opd_daemon.errors import OpdError, Reason
+from opd_daemon.types import Checkpoint, Event, EventKind, Plan, Run, RunState
+
+T = TypeVar("T")
+
+SCHEMA_VERSION = 1
+MEASURED = (EventKind.METRICS, EventKind.EVALUATION)
+PAGE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRun:
+    """A run with the revision at which it was accepted."""
+
+    run: Run
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    """The process that works on a run; `started` is its creation time, so that a reused pid is not taken for it."""
+
+    run_id: str
+    pid: int
+    started: float
+
+
+class Store:
+    """One open database. Reads may be called at any time; writes only inside `transact` or through `apply`."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the database at `path`.
+
+        Raises:
+            OpdError: STORE_UNUSABLE when the file is no store, is damaged, or was written by a newer version.
+        """
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            self._prepare()
+        except sqlite3.DatabaseError as fault:
+            self._database.close()
+            message = f"{path}: can't be used as a store ({fault}); move it away, and the daemon starts a new one"
+            raise OpdError(Reason.STORE_UNUSABLE, message, path=path) from None
+        except OpdError:
+            self._database.close()
+            raise
+        self.store_id = str(self._value("SELECT value FROM facts WHERE name = 'store_id'"))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    # Transactions
+
+    def transact(self, actions: Sequence[Callable[[Store], T]]) -> list[T | Exception]:
+        """Do several independent actions in one durable transaction; one that raises is undone alone.
+
+        Returns each action's result or exception. A failure of the disk undoes all of them and is raised as OpdError.
+        """
+        try:
+            with self._transaction():
+                return [self._attempt(action) for action in actions]
+        except sqlite3.Error as fault:
+            raise _disk_error(fault) from fault
+
+    def apply(self, run: Run | None, events: Sequence[Event]) -> list[Event]:
+        """Write a run's new state and its events in one transaction; returns the events with their revisions."""
+        action: Callable[[Store], list[Event]] = lambda store: store.write(run, events)  # noqa: E731
+        [outcome] = self.transact([action])
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def write(self, run: Run | None, events: Sequence[Event]) -> list[Event]:
+        """The action of `apply`, for use inside a transaction."""
+        stored = self.append(events)
+        if run is not None:
+            self.update_run(run)
+        return stored
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._database.execute("COMMIT")
+        except BaseException:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            raise
+
+    def _attempt(self, action: Callable[[Store], T]) -> T | Exception:
+        self._database.execute("SAVEPOINT action")
+        try:
+            result: T | Exception = action(self)
+        except sqlite3.OperationalError:
+            raise
+        except Exception as fault:  # noqa: BLE001 - it belongs to the caller of this one action
+            self._database.execute("ROLLBACK TO action")
+            result = fault
+        self._database.execute("RELEASE action")
+        return result
+
+    # Events
+
+    def append(self, events: Sequence[Event]) -> list[Event]:
+        """Number events and add them to the log; also keeps metrics and checkpoints by step."""
+        first = self.newest_revision() + 1
+        stored = [replace(event, revision=first + index) for index, event in enumerate(events)]
+        for event in stored:
+            self._insert_event(event, stored[-1].revision)
+        return stored
+
+    def _insert_event(self, event: Event, batch_end: int) -> None:
+        time, payload = _time(event.time), json.dumps(event.payload)
+        row = (event.revision, batch_end, event.run_id, event.kind, time, payload)
+        self._database.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", row)
+        if event.kind in MEASURED:
+            measured = (event.run_id, event.kind, event.payload["step"], event.revision, time, payload)
+            self._database.execute("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?, ?, ?)", measured)
+        elif event.kind is EventKind.CHECKPOINT:
+            self._put_checkpoint(event)
+
+    def _put_checkpoint(self, event: Event) -> None:
+        entry = event.payload
+        if entry.get("is_best"):
+            self._database.execute("UPDATE checkpoints SET is_best = 0 WHERE run_id = ?", (event.run_id,))
+        best, final = bool(entry.get("is_best")), bool(entry.get("is_final"))
+        size, kl = entry.get("bytes", 0), entry.get("validation_kl")
+        row = (event.run_id, entry["path"], entry["step"], _time(event.time), size, best, final, kl)
+        self._database.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+    def newest_revision(self) -> int:
+        """Revision of the newest event ever stored; 0 in a new store."""
+        newest = self._value("SELECT MAX(revision) FROM events")
+        return int(newest if newest is not None else self._compacted())
+
+    def oldest_revision(self) -> int:
+        """The oldest revision still kept; one more than the newest when none is."""
+        oldest = self._value("SELECT MIN(revision) FROM events")
+        return int(oldest if oldest is not None else self._compacted() + 1)
+
+    def events_after(self, revision: int, run_id: str | None = None, limit: int = PAGE) -> tuple[list[Event], int]:
+        """Events after a cursor, oldest first, and the cursor after them.
+
+        Events that were stored together are never split, so a little more than `limit` may come.
+        """
+        newest = self.newest_revision()
+        where, values = ("run_id = ? AND ", (run_id,)) if run_id else ("", ())
+        select = f"SELECT revision, run_id, kind, time, payload, batch_end FROM events WHERE {where}"  # noqa: S608
+        rows = self._rows(f"{select} revision > ? ORDER BY revision LIMIT ?", (*values, revision, limit))
+        if len(rows) < limit:
+            return [_event(row) for row in rows], max(newest, revision)
+        last, batch_end = rows[-1][0], rows[-1][5]
+        rows += self._rows(f"{select} revision > ? AND revision <= ? ORDER BY revision", (*values, last, batch_end))
+        return [_event(row) for row in rows], batch_end
+
+    def compact(self, before_revision: int) -> int:
+        """Forget events before a revision, not metrics and checkpoints; returns the oldest revision kept."""
+        before = min(before_revision, self.newest_revision() + 1)
+        with self._transaction():
+            start = self._value("SELECT MIN(revision) FROM events WHERE batch_end >= ?", (before,))
+            before = before if start is None else int(start)
+            if before > self.oldest_revision():
+                self._database.execute("DELETE FROM events WHERE revision < ?", (before,))
+                self._database.execute("INSERT OR REPLACE INTO facts VALUES ('compacted', ?)", (str(before - 1),))
+        return self.oldest_revision()
+
+    def _compacted(self) -> int:
+        return int(self._value("SELECT value FROM facts WHERE name = 'compacted'") or 0)
+
+    # Runs
+
+    def insert_run(self, run: Run, events: Sequence[Event], request_digest: str) -> StoredRun:
+        """Add a new run with the events that announce it; inside a transaction."""
+        revision = self.append(events)[-1].revision
+        row = (run.run_id, revision, run.state, run.request_id, request_digest, _document(run))
+        self._database.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?)", row)
+        return StoredRun(run, revision)
+
+    def update_run(self, run: Run) -> None:
+        """Replace a run's row; inside a transaction.
+
+        Raises:
+            OpdError: RUN_NOT_FOUND.
+        """
+        row = (run.state, _document(run), run.run_id)
+        changed = self._database.execute("UPDATE runs SET state = ?, document = ? WHERE run_id = ?", row)
+        if changed.rowcount == 0:
+            raise run_not_found(run.run_id)
+
+    def get_run(self, run_id: str) -> Run:
+        """The run.
+
+        Raises:
+            OpdError: RUN_NOT_FOUND.
+        """
+        rows = self._rows("SELECT document FROM runs WHERE run_id = ?", (run_id,))
+        if not rows:
+            raise run_not_found(run_id)
+        return _run(rows[0][0])
+
+    def has_run(self, run_id: str) -> bool:
+        """Whether the store knows this run."""
+        return bool(self._rows("SELECT 1 FROM runs WHERE run_id = ?", (run_id,)))
+
+    def run_ids(self) -> set[str]:
+        """Names of all runs."""
+        return {row[0] for row in self._rows("SELECT run_id FROM runs")}
+
+    def run_by_request_id(self, request_id: str, digest: str) -> StoredRun | None:
+        """The run an earlier request with this id created.
+
+        Raises:
+            OpdError: REQUEST_ID_REUSED when that request had another body.
+        """
+        if not request_id:
+            return None
+        query = "SELECT document, revision, request_digest FROM runs WHERE request_id = ?"
+        rows = self._rows(query, (request_id,))
+        if not rows:
+            return None
+        run = _run(rows[0][0])
+        if rows[0][2] != digest:
+            message = (
+                f"request_id {request_id!r} was used before, for run {run.run_id!r}; use a new id for a new request"
+            )
+            raise OpdError(Reason.REQUEST_ID_REUSED, message, request_id=request_id, run_id=run.run_id)
+        return StoredRun(run, rows[0][1])
+
+    def list_runs(
+        self,
+        states: Collection[RunState] = (),
+        *,
+        limit: int = PAGE,
+        before: int | None = None,
+        oldest_first: bool = False,
+    ) -> list[StoredRun]:
+        """Runs by creation, newest first unless asked otherwise; `before` leaves those created before a revision."""
+        marks = ", ".join("?" * len(states))
+        conditions = [f"state IN ({marks})"] if states else []
+        conditions += ["revision < ?"] if before is not None else []
+        where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
+        order = "ASC" if oldest_first else "DESC"
+        query = f"SELECT document, revision FROM runs {where} ORDER BY revision {order} LIMIT ?"  # noqa: S608
+        values = [*states, *([before] if before is not None else []), limit]
+        return [StoredRun(_run(document), revision) for document, revision in self._rows(query, values)]
+
+    def delete_run(self, run_id: str) -> None:
+        """Forget a run, its metrics and checkpoints; inside a transaction. Its events stay: the log has no gaps."""
+        for table in ("runs", "metrics", "checkpoints", "workers"):
+            self._database.execute(f"DELETE FROM {table} WHERE run_id = ?", (run_id,))  # noqa: S608
+
+    def rewind(self, run_id: str, step: int) -> None:
+        """Forget metrics and checkpoints after `step`: a resumed run makes them again; inside a transaction."""
+        for table in ("metrics", "checkpoints"):
+            self._database.execute(f"DELETE FROM {table} WHERE run_id = ? AND step > ?", (run_id, step))  # noqa: S608
+
+    # What belongs to a run
+
+    def metrics(
+        self, run_id: str, kind: EventKind, *, after_step: int = -1, limit: int = 1000, stride: int = 1
+    ) -> list[Event]:
+        """METRICS or EVALUATION events by step: every `stride`-th, and the first and the last always."""
+        query = (
+            "SELECT revision, run_id, kind, time, payload FROM metrics WHERE run_id = :run AND kind = :kind "
+            "AND step > :after AND (step % :stride = 0 "
+            "OR step = (SELECT MIN(step) FROM metrics WHERE run_id = :run AND kind = :kind) "
+            "OR step = (SELECT MAX(step) FROM metrics WHERE run_id = :run AND kind = :kind)) ORDER BY step LIMIT :limit"
+        )
+        values = {"run": run_id, "kind": kind, "after": after_step, "stride": max(stride, 1), "limit": limit}
+        return [_event(row) for row in self._database.execute(query, values).fetchall()]
+
+    def checkpoints(self, run_id: str) -> list[Checkpoint]:
+        """Checkpoints the run reported, oldest first; some may have been tidied away since."""
+        query = (
+            "SELECT step, path, created_at, bytes, is_best, is_final, validation_kl FROM checkpoints "
+            "WHERE run_id = ? ORDER BY step, created_at"
+        )
+        return [
+            Checkpoint(step, path, datetime.fromisoformat(created), size, bool(best), bool(final), kl)
+            for step, path, created, size, best, final, kl in self._rows(query, (run_id,))
+        ]
+
+    def put_worker(self, worker: WorkerRecord) -> None:
+        """Remember the process that works on a run; inside a transaction."""
+        row = (worker.run_id, worker.pid, worker.started)
+        self._database.execute("INSERT OR REPLACE INTO workers VALUES (?, ?, ?)", row)
+
+    def forget_worker(self, run_id: str) -> None:
+        """The run's worker is gone; inside a transaction."""
+        self._database.execute("DELETE FROM workers WHERE run_id = ?", (run_id,))
+
+    def workers(self) -> list[WorkerRecord]:
+        """Workers that were not seen to end."""
+        return [WorkerRecord(*row) for row in self._rows("SELECT run_id, pid, started FROM workers")]
+
+    # The file
+
+    def _prepare(self) -> None:
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = FULL")
+        if sys.platform == "darwin":  # there, fsync alone leaves data in the drive's own cache
+            self._database.execute("PRAGMA fullfsync = 1")
+        version = int(self._value("PRAGMA user_version"))
+        if version > SCHEMA_VERSION:
+            message = (
+                f"{self.path}: written by a newer opd (schema {version}, this one knows {SCHEMA_VERSION}); upgrade opd"
+            )
+            raise OpdError(Reason.STORE_UNUSABLE, message, path=self.path, schema=version)
+        if version == 0:
+            self._create()
+
+    def _create(self) -> None:
+        schema, store_id = resources.files("opd_daemon").joinpath("store.sql").read_text(), uuid.uuid4()
+        self._database.executescript(
+            f"BEGIN; {schema} INSERT INTO facts VALUES ('store_id', '{store_id}');"  # noqa: S608 - our own text
+            f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+        )
+
+    def _rows(self, query: str, values: Iterable[Any] = ()) -> list[tuple[Any, ...]]:
+        return self._database.execute(query, tuple(values)).fetchall()
+
+    def _value(self, query: str, values: Iterable[Any] = ()) -> Any:
+        rows = self._rows(query, values)
+        return rows[0][0] if rows else None
+
+
+def run_not_found(run_id: str) -> OpdError:
+    """The error for an unknown run."""
+    return OpdError(Reason.RUN_NOT_FOUND, f"no run {run_id!r}; 'opd runs' lists them", run_id=run_id)
+
+
+def _disk_error(fault: sqlite3.Error) -> OpdError:
+    if getattr(fault, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        return OpdError(Reason.DISK_FULL, "no space left on the daemon's disk; free some and try again")
+    return OpdError(Reason.INTERNAL, f"the daemon's store can't be written: {fault}")
+
+
+def _time(time: datetime) -> str:
+    return time.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def _event(row: tuple[Any, ...]) -> Event:
+    revision, run_id, kind, time, payload = row[:5]
+    return Event(EventKind(kind), run_id, json.loads(payload), datetime.fromisoformat(time), revision)
+
+
+def _document(run: Run) -> str:
+    return json.dumps(asdict(run), default=_time)
+
+
+def _run(document: str) -> Run:
+    values = json.loads(document)
+    for name in ("created_at", "started_at", "finished_at"):
+        values[name] = datetime.fromisoformat(values[name]) if values[name] else None
+    if plan := values["plan"]:
+        sentences = {name: tuple(plan[name]) for name in ("assumptions", "warnings")}
+        values["plan"] = Plan(**{**plan, **sentences})
+    return Run(**{**values, "state": RunState(values["state"])})
