@@ -37,7 +37,7 @@ def opd_before_run_started(run: Run) -> None:
 
 @hookspec
 def opd_event(event: Event) -> None:
-    """Receive one durable event, in order, off the hot path. Three failures in a row disable this hook of the plugin."""
+    """Receive one durable event, in order, off the hot path. Three failures in a row disable the hook."""
 
 
 @hookspec
