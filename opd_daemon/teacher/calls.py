@@ -1,0 +1,187 @@
+"""One call to the teacher, from requests to results: from the cache what it knows, from the engine the rest."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from opd_daemon.errors import OpdError
+from opd_daemon.teacher.batching import GenerationItem, ScoreItem
+from opd_daemon.teacher.cache import TeacherCache
+from opd_daemon.teacher.engine import Engine
+from opd_daemon.teacher.mailbox import Mailbox
+from opd_daemon.teacher.payload import (
+    Entry,
+    entry_scores,
+    entry_tokens,
+    generation_key,
+    repeatable,
+    score_key,
+    scores_entry,
+    tokens_entry,
+)
+from opd_daemon.types import CachedScores, GeneratedToken, GenerateRequest, ScoreRequest, Scores, TeacherInfo
+
+ENTRIES_AT_ONCE = 16
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """Where calls are served: the engine, the cache, and threads for its files."""
+
+    engine: Engine
+    cache: TeacherCache
+    files: Executor
+
+
+class Lookup(Generic[Request, Answer]):
+    """The part of a call that the cache may answer. An empty address is neither looked up nor counted."""
+
+    def __init__(self, desk: Desk, requests: Sequence[Request], decode: Callable[[Entry, Request], Answer]) -> None:
+        self._desk = desk
+        self.requests = requests
+        self._decode = decode
+        self.addresses = [""] * len(requests)
+        self.stored: list[int] = []
+        self.missing = list(range(len(requests)))
+
+    async def find(self, address: Callable[[Request], str]) -> None:
+        """Compute all addresses and split the requests into stored and missing ones."""
+        loop = asyncio.get_running_loop()
+        self.addresses = await loop.run_in_executor(
+            self._desk.files, lambda: [address(request) for request in self.requests]
+        )
+        known = [bool(address) and address in self._desk.cache for address in self.addresses]
+        self.stored = [index for index, found in enumerate(known) if found]
+        self.missing = [index for index, found in enumerate(known) if not found]
+        self._desk.cache.count_misses(sum(1 for index in self.missing if self.addresses[index]))
+
+    async def read(self) -> AsyncGenerator[tuple[int, tuple[Answer, float] | None], None]:
+        """The stored answers with the milliseconds they save; None where an entry was no good after all."""
+        loop = asyncio.get_running_loop()
+        for start in range(0, len(self.stored), ENTRIES_AT_ONCE):
+            group = self.stored[start : start + ENTRIES_AT_ONCE]
+            found = await loop.run_in_executor(self._desk.files, self._read, group)
+            for index, hit in zip(group, found, strict=True):
+                yield index, hit
+
+    def _read(self, indices: Sequence[int]) -> list[tuple[Answer, float] | None]:
+        return [self._read_one(index) for index in indices]
+
+    def _read_one(self, index: int) -> tuple[Answer, float] | None:
+        request = self.requests[index]
+        return self._desk.cache.read(self.addresses[index], lambda entry: self._decode(entry, request))
+
+
+async def scores(
+    desk: Desk,
+    info: TeacherInfo,
+    requests: Sequence[ScoreRequest],
+    *,
+    client: str,
+    use_cache: bool,
+    deadline: float | None,
+) -> AsyncGenerator[tuple[int, CachedScores], None]:
+    """Scores of valid requests, each with its index, as they are ready."""
+    lookup = Lookup(desk, requests, entry_scores)
+    mailbox: Mailbox[tuple[int, Scores | OpdError, float]] = Mailbox()
+    items: list[ScoreItem] = []
+
+    def deliver(index: int, result: Scores | OpdError, milliseconds: float) -> None:
+        # First kept, then handed over: whoever has it and asks again finds it.
+        if lookup.addresses[index] and isinstance(result, Scores):
+            desk.cache.write(lookup.addresses[index], scores_entry(result, milliseconds))
+        mailbox.post((index, result, milliseconds))
+
+    def compute(indices: Sequence[int]) -> None:
+        new = [ScoreItem(requests[index], client, partial(deliver, index), deadline) for index in indices]
+        desk.engine.score(info.digest, new)
+        items.extend(new)
+
+    try:
+        if use_cache:
+            await lookup.find(partial(score_key, info))
+        compute(lookup.missing)
+        async for index, hit in lookup.read():
+            if hit:
+                yield index, CachedScores(hit[0], cached=True, milliseconds=hit[1])
+            else:
+                compute([index])
+        for _ in items:
+            index, result, milliseconds = await mailbox.get()
+            if isinstance(result, OpdError):
+                raise result
+            yield index, CachedScores(result, cached=False, milliseconds=milliseconds)
+    finally:
+        desk.engine.cancel(items)
+
+
+class Completions:
+    """The prompts of one call that the engine continues; finished repeatable completions go into the cache."""
+
+    def __init__(self, desk: Desk, digest: str, lookup: Lookup[GenerateRequest, Any], client: str) -> None:
+        self._desk = desk
+        self._digest = digest
+        self._requests = lookup.requests
+        self._addresses = lookup.addresses
+        self._client = client
+        self._mailbox: Mailbox[tuple[int, GeneratedToken | OpdError]] = Mailbox()
+        self._running: dict[int, GenerationItem] = {}
+        self._tokens: dict[int, list[GeneratedToken]] = {}
+
+    def start(self, indices: Sequence[int]) -> None:
+        """Queue some of the requests. Raises QUEUE_FULL."""
+        new = {index: GenerationItem(self._requests[index], self._client, self._receiver(index)) for index in indices}
+        self._desk.engine.generate(self._digest, list(new.values()))
+        self._running |= new
+
+    async def tokens(self) -> AsyncGenerator[tuple[int, GeneratedToken], None]:
+        """Every token of what was started, as it comes."""
+        while self._running:
+            index, token = await self._mailbox.get()
+            if isinstance(token, OpdError):
+                raise token
+            self._tokens.setdefault(index, []).append(token)
+            if token.finish_reason:
+                self._keep(index, self._running.pop(index))
+            yield index, token
+
+    def cancel(self) -> None:
+        """Forget what still runs."""
+        self._desk.engine.cancel(list(self._running.values()))
+
+    def _receiver(self, index: int) -> Callable[[GeneratedToken | OpdError], None]:
+        return lambda token: self._mailbox.post((index, token))
+
+    def _keep(self, index: int, item: GenerationItem) -> None:
+        if self._addresses[index]:
+            self._desk.cache.write(self._addresses[index], tokens_entry(self._tokens[index], item.milliseconds))
+
+
+async def completions(
+    desk: Desk, info: TeacherInfo, requests: Sequence[GenerateRequest], *, client: str, use_cache: bool
+) -> AsyncGenerator[tuple[int, GeneratedToken], None]:
+    """Tokens of valid requests, each with its request's index, as they come."""
+    lookup = Lookup(desk, requests, entry_tokens)
+    if use_cache:
+        await lookup.find(lambda request: generation_key(info, request) if repeatable(request) else "")
+    running = Completions(desk, info.digest, lookup, client)
+    try:
+        running.start(lookup.missing)
+        async for index, hit in lookup.read():
+            if hit is None:
+                running.start([index])
+                continue
+            for stored in hit[0]:
+                yield index, stored
+        async for index, token in running.tokens():
+            yield index, token
+    finally:
+        running.cancel()

@@ -1,0 +1,171 @@
+"""Continuous batching over mlx-lm's BatchGenerator: sequences join and leave while others decode."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from opd_daemon.errors import OpdError, Reason
+from opd_daemon.teacher import mlxlm
+from opd_daemon.teacher.batching import GenerationItem
+from opd_daemon.teacher.distribution import describe
+from opd_daemon.teacher.loading import LoadedModel
+from opd_daemon.types import GeneratedToken, GenerateRequest, ScoreWants
+
+DECODING_SEQUENCES = 32
+PREFILL_SEQUENCES = 8
+
+Sampler = Callable[[mx.array], mx.array]
+
+
+class Generation:
+    """The sequences being generated. Used by the engine's thread only."""
+
+    def __init__(self, loaded: LoadedModel, eos_token_ids: Sequence[int], piece: int) -> None:
+        self._loaded = loaded
+        self._eos = frozenset(eos_token_ids)
+        self._piece = piece
+        self._active: dict[int, GenerationItem] = {}
+
+    def __len__(self) -> int:
+        return len(self._active)
+
+    @property
+    def free(self) -> int:
+        """How many more sequences may join."""
+        return DECODING_SEQUENCES - len(self._active)
+
+    @cached_property
+    def _batches(self) -> Any:
+        return mlxlm.module("generate").BatchGenerator(
+            _RealVocabulary(self._loaded),
+            completion_batch_size=DECODING_SEQUENCES,
+            prefill_batch_size=PREFILL_SEQUENCES,
+            prefill_step_size=self._piece,
+            stream=mx.default_stream(mx.default_device()),
+        )
+
+    def add(self, items: Sequence[GenerationItem]) -> None:
+        """Let sequences join."""
+        uids = self._batches.insert(
+            [list(item.request.prompt_ids) for item in items],
+            max_tokens=[item.request.max_tokens for item in items],
+            samplers=[sampler(item.request) for item in items],
+        )
+        self._active.update(zip(uids, items, strict=True))
+
+    def step(self) -> None:
+        """One round: every decoding sequence gets a token, waiting prompts get a piece of prefill."""
+        started = time.perf_counter()
+        self._remove([uid for uid, item in self._active.items() if item.cancelled])
+        working = list(self._active.values())
+        if not working:
+            return
+        _, responses = self._batches.next()
+        tokens = self._tokens(responses) if responses else []
+        share = 1000 * (time.perf_counter() - started) / len(working)
+        for item in working:
+            item.milliseconds += share
+        for response, token in zip(responses, tokens, strict=True):
+            self._deliver(response, token)
+
+    def fail(self, error: OpdError) -> None:
+        """End every sequence with `error` and start afresh."""
+        failed, self._active = list(self._active.values()), {}
+        self.__dict__.pop("_batches", None)
+        for item in failed:
+            item.deliver(error)
+
+    def _tokens(self, responses: Sequence[Any]) -> list[GeneratedToken]:
+        """Tokens with their log-probabilities; only these few numbers of the V per sequence are kept."""
+        items = [self._active[response.uid] for response in responses]
+        ids = np.array([response.token for response in responses], np.int32)
+        wants = ScoreWants(top_k=max(item.request.top_logprobs for item in items))
+        rows = mx.stack([response.logprobs for response in responses])
+        found = describe(rows, ids, np.zeros((len(ids), 0), np.int32), wants, ())
+        if not np.isfinite(found["log_total"]).all():
+            raise OpdError(Reason.NOT_A_NUMBER, "the teacher's output is not a number; its weights are damaged")
+        return [
+            self._token(item, row, response, found)
+            for row, (item, response) in enumerate(zip(items, responses, strict=True))
+        ]
+
+    def _token(self, item: GenerationItem, row: int, response: Any, found: dict[str, Any]) -> GeneratedToken:
+        count = item.request.top_logprobs
+        stopped = response.token in self._eos or response.token in item.request.stop_token_ids
+        return GeneratedToken(
+            token_id=int(response.token),
+            logprob=float(found["token_logprobs"][row]),
+            top_ids=found["top_ids"][row, :count].copy() if count else None,
+            top_logprobs=found["top_logprobs"][row, :count].copy() if count else None,
+            finish_reason="stop" if stopped else response.finish_reason or "",
+        )
+
+    def _deliver(self, response: Any, token: GeneratedToken) -> None:
+        item = self._active[response.uid]
+        if token.finish_reason:
+            del self._active[response.uid]
+            if not response.finish_reason:
+                self._batches.remove([response.uid])
+        item.deliver(token)
+
+    def _remove(self, uids: list[int]) -> None:
+        if uids:
+            self._batches.remove(uids)
+        for uid in uids:
+            del self._active[uid]
+
+
+class _RealVocabulary:
+    """The model as BatchGenerator sees it: float32 logits, of ids that are tokens, everything else unchanged."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._model = loaded.model
+        self._size = loaded.vocab_size
+
+    def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+        output = self._model(tokens, cache=cache)
+        logits: mx.array = output if isinstance(output, mx.array) else output.logits
+        return logits[..., : self._size].astype(mx.float32)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def sampler(request: GenerateRequest) -> Sampler:
+    """Greedy at temperature 0; else samples at the temperature from the nucleus of mass top_p.
+
+    Each sequence has its own chain of random keys, so what else is in the batch changes nothing.
+    """
+    if request.temperature == 0:
+        return greedy
+    key = mx.random.key(secrets.randbits(63) if request.seed is None else request.seed)
+
+    def sample(logprobs: mx.array) -> mx.array:
+        nonlocal key
+        key, now = mx.random.split(key)
+        scaled = logprobs / request.temperature
+        if request.top_p < 1:
+            scaled = nucleus(scaled, request.top_p)
+        return mx.random.categorical(scaled, key=now)
+
+    return sample
+
+
+def nucleus(logits: mx.array, top_p: float) -> mx.array:
+    """Logits (B, V) with −inf outside the fewest most likely tokens whose mass reaches `top_p`."""
+    order = mx.argsort(-logits, axis=-1)
+    masses = mx.take_along_axis(mx.softmax(logits, axis=-1), order, -1)
+    kept = mx.cumsum(masses, axis=-1) - masses < top_p
+    return mx.where(mx.put_along_axis(mx.zeros_like(kept), order, kept, -1), logits, -mx.inf)
+
+
+def greedy(logprobs: mx.array) -> mx.array:
+    """The most likely token."""
+    return mx.argmax(logprobs, axis=-1)

@@ -1,0 +1,169 @@
+"""Scores of one batch of sequences, from one prefill in pieces."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from opd_daemon.errors import OpdError, Reason
+from opd_daemon.teacher import mlxlm
+from opd_daemon.teacher.distribution import Arrays, describe
+from opd_daemon.types import HiddenDtype, Int32, ScoreRequest, Scores, ScoreWants
+
+if TYPE_CHECKING:
+    from opd_daemon.teacher.head import SplitModel
+    from opd_daemon.teacher.loading import LoadedModel
+
+# One chunk of float32 logits.
+CHUNK_BYTES = 64 << 20
+# Logits of one piece, for models whose body gives logits at every position.
+WHOLE_PIECE_BYTES = 256 << 20
+HIDDEN_DTYPES: dict[mx.Dtype, HiddenDtype] = {
+    mx.float32: "float32",
+    mx.float16: "float16",
+    mx.bfloat16: "bfloat16",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What rows must have in common to be answered together."""
+
+    wants: ScoreWants
+    candidates: int
+    masked: tuple[int, ...]
+
+    @classmethod
+    def of(cls, request: ScoreRequest) -> Recipe:
+        """The recipe of one request."""
+        columns = 0 if request.candidate_ids is None else request.candidate_ids.shape[1]
+        return cls(request.wants, columns, request.masked_token_ids)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredSequence:
+    """One request of a batch, at row `row`; `parts` collects its answers piece by piece."""
+
+    row: int
+    request: ScoreRequest
+    parts: list[Arrays] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """Input positions first … last−1 of one sequence: their states predict tokens first+1 … last."""
+
+    sequence: ScoredSequence
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    @property
+    def ids(self) -> Int32:
+        """The tokens predicted here (n,)."""
+        return self.sequence.request.token_ids[self.first + 1 : self.last + 1]
+
+    @property
+    def candidates(self) -> Int32:
+        """The caller's ids here (n, C); none as (n, 0)."""
+        ids, shift = self.sequence.request.candidate_ids, 1 - self.sequence.request.score_from
+        return np.zeros((len(self), 0), np.int32) if ids is None else ids[self.first + shift : self.last + shift]
+
+
+def score_batch(
+    loaded: LoadedModel, requests: Sequence[ScoreRequest], piece: int
+) -> Generator[None, None, list[Scores | OpdError]]:
+    """Score valid requests together; pauses after every `piece` positions so that other work gets its turn.
+
+    Sequences are padded on the right, which a causal model can't see. Returns one result per request, an error where
+    the model's output was not a number.
+    """
+    sequences = [ScoredSequence(row, request) for row, request in enumerate(requests)]
+    tokens = _padded(requests)
+    width = tokens.shape[1]
+    piece = _bounded(piece, loaded.parts, len(requests))
+    cache = mlxlm.module("models.cache").make_prompt_cache(loaded.model) if width > piece else None
+    for start in range(0, width, piece):
+        stop = min(start + piece, width)
+        states = loaded.parts.body(mx.array(tokens[:, start:stop]), cache)
+        for recipe, spans in _spans(sequences, start, stop).items():
+            _answer_spans(loaded, recipe, spans, states, start)
+        if cache is not None:
+            mx.eval([entry.state for entry in cache])
+        yield
+    return [_scores(sequence.parts, loaded.parts.dtype) for sequence in sequences]
+
+
+def _padded(requests: Sequence[ScoreRequest]) -> Int32:
+    """Input tokens (B, T); the last token of a sequence predicts nothing that is asked for."""
+    tokens = np.zeros((len(requests), max(len(request.token_ids) for request in requests) - 1), np.int32)
+    for row, request in enumerate(requests):
+        tokens[row, : len(request.token_ids) - 1] = request.token_ids[:-1]
+    return tokens
+
+
+def _bounded(piece: int, parts: SplitModel, rows: int) -> int:
+    return max(1, min(piece, WHOLE_PIECE_BYTES // (4 * parts.width * rows))) if parts.refusal else piece
+
+
+def _spans(sequences: Sequence[ScoredSequence], start: int, stop: int) -> dict[Recipe, list[Span]]:
+    groups: dict[Recipe, list[Span]] = defaultdict(list)
+    for sequence in sequences:
+        request = sequence.request
+        first, last = max(start, request.score_from - 1), min(stop, len(request.token_ids) - 1)
+        if first < last:
+            groups[Recipe.of(request)].append(Span(sequence, first, last))
+    return groups
+
+
+def _answer_spans(loaded: LoadedModel, recipe: Recipe, spans: list[Span], states: mx.array, start: int) -> None:
+    """Answer one recipe for all its rows of this piece, and hand each sequence its part."""
+    places = [span.sequence.row * states.shape[1] + np.arange(span.first, span.last) - start for span in spans]
+    rows = states.reshape(-1, states.shape[-1])[mx.array(np.concatenate(places))]
+    ids = np.concatenate([span.ids for span in spans])
+    candidates = np.concatenate([span.candidates for span in spans])
+    answers = _answer_rows(loaded, recipe, rows, ids, candidates)
+    if recipe.wants.hidden:
+        answers["hidden"] = _host_hidden(rows)
+    offset = 0
+    for span in spans:
+        span.sequence.parts.append({name: values[offset : offset + len(span)] for name, values in answers.items()})
+        offset += len(span)
+
+
+def _answer_rows(loaded: LoadedModel, recipe: Recipe, rows: mx.array, ids: Int32, candidates: Int32) -> Arrays:
+    """Run the head and the distribution over rows (N, D), a bounded number at a time."""
+    chunk = max(1, CHUNK_BYTES // (4 * loaded.parts.width))
+    answers = []
+    for start in range(0, len(ids), chunk):
+        part = slice(start, start + chunk)
+        logits = loaded.parts.head(rows[part])[:, : loaded.vocab_size].astype(mx.float32)
+        answers.append(describe(logits, ids[part], candidates[part], recipe.wants, recipe.masked))
+    return _joined(answers)
+
+
+def _host_hidden(rows: mx.array) -> npt.NDArray[Any]:
+    """States as numpy; numpy knows no bfloat16, so its bit patterns travel as uint16."""
+    return np.array(rows.view(mx.uint16) if rows.dtype == mx.bfloat16 else rows)
+
+
+def _scores(parts: list[Arrays], dtype: mx.Dtype) -> Scores | OpdError:
+    arrays = _joined(parts)
+    if not np.isfinite(arrays.pop("log_total")).all():
+        return OpdError(
+            Reason.NOT_A_NUMBER,
+            "the teacher's output is not a number for this sequence; its weights are damaged or overflow their type",
+        )
+    return Scores(**arrays, hidden_dtype=HIDDEN_DTYPES[dtype] if "hidden" in arrays else "float32")
+
+
+def _joined(parts: list[Arrays]) -> Arrays:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,193 @@
+"""The teacher as the rest of the daemon sees it: asyncio in front, the engine's thread and the disk behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from opd_daemon.errors import OpdError, Reason
+from opd_daemon.teacher.cache import TeacherCache
+from opd_daemon.teacher.calls import Desk, completions, scores
+from opd_daemon.teacher.digest import DigestMemo
+from opd_daemon.teacher.engine import Engine, not_loaded
+from opd_daemon.teacher.export import export_head
+from opd_daemon.teacher.loader import Loader, Resident
+from opd_daemon.teacher.mailbox import Mailbox
+from opd_daemon.teacher.validation import check_generations, check_scores
+from opd_daemon.trainer import TeacherHead
+from opd_daemon.types import (
+    CachedScores,
+    CacheStats,
+    GeneratedToken,
+    GenerateRequest,
+    LoadProgress,
+    ScoreRequest,
+    TeacherInfo,
+    TeacherState,
+)
+
+FILE_THREADS = 4
+
+
+class TeacherService:
+    """Loads one teacher at a time and answers for it. Use from one event loop, between `start` and `close`.
+
+    cache_dir, cache_limit_bytes: answers on disk. digest_memo: file with digests already computed. token_budget:
+    tokens computed together. piece: positions between two chances to cancel or to take turns. max_queue_tokens:
+    tokens that may wait. buffer_bytes: freed memory that MLX may keep for reuse.
+    """
+
+    def __init__(
+        self,
+        cache_dir: Path,
+        digest_memo: Path,
+        *,
+        cache_limit_bytes: int,
+        token_budget: int = 2048,
+        piece: int = 512,
+        max_queue_tokens: int = 1 << 20,
+        buffer_bytes: int = 1 << 30,
+    ) -> None:
+        self._files = ThreadPoolExecutor(FILE_THREADS, "teacher-files")
+        self._cache = TeacherCache(cache_dir, cache_limit_bytes)
+        self._engine = Engine(
+            token_budget=token_budget, piece=piece, max_queue_tokens=max_queue_tokens, buffer_bytes=buffer_bytes
+        )
+        self._desk = Desk(self._engine, self._cache, self._files)
+        self._loader = Loader(self._engine, DigestMemo(digest_memo), self._files)
+        self._loading: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start the engine and index the cache."""
+        self._engine.start()
+        await asyncio.to_thread(self._cache.open)
+
+    async def close(self) -> None:
+        """Stop after the piece in progress and finish writing the cache. Waiting calls fail with SHUTTING_DOWN."""
+        await asyncio.to_thread(self._engine.close)
+        if self._loading:
+            await asyncio.wait([self._loading])
+        await asyncio.to_thread(self._cache.close)
+        await asyncio.to_thread(self._files.shutdown)
+
+    @property
+    def state(self) -> TeacherState:
+        """UNLOADED, LOADING, READY (also while a load is still checking its files), or FAILED."""
+        if self._loader.resident:
+            return TeacherState.READY
+        if self._busy():
+            return TeacherState.LOADING
+        return TeacherState.FAILED if self._loader.failure else TeacherState.UNLOADED
+
+    @property
+    def info(self) -> TeacherInfo | None:
+        """Facts of the teacher while READY."""
+        return self._loader.resident.info if self._loader.resident else None
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait for the teacher."""
+        return self._engine.queued_tokens
+
+    @property
+    def failure(self) -> OpdError | None:
+        """Why the last load failed, while FAILED."""
+        return self._loader.failure
+
+    async def load(self, path_or_hub_id: str) -> AsyncGenerator[LoadProgress, None]:
+        """Load a teacher in place of the present one, reporting progress; the last report has the phase ready.
+
+        A model that is loaded already is ready at once. A caller that stops listening doesn't stop the load. Raises
+        TEACHER_LOADING, MODEL_NOT_FOUND, TEACHER_LOAD_FAILED or OUT_OF_MEMORY; if the fault shows before weights are
+        read, the present teacher stays.
+        """
+        self._refuse_while_loading()
+        mailbox: Mailbox[LoadProgress | OpdError] = Mailbox()
+        self._loading = asyncio.create_task(self._loader.load(path_or_hub_id, mailbox.post))
+        phase = ""
+        while phase != "ready":
+            report = await mailbox.get()
+            if isinstance(report, OpdError):
+                raise report
+            phase = report.phase
+            yield report
+
+    async def unload(self) -> None:
+        """Free the teacher's memory; calls under way fail with TEACHER_CHANGED. Raises TEACHER_LOADING."""
+        self._refuse_while_loading()
+        await self._loader.unload()
+
+    def score(
+        self,
+        requests: Sequence[ScoreRequest],
+        *,
+        client: str = "",
+        use_cache: bool = True,
+        deadline: float | None = None,
+    ) -> AsyncGenerator[tuple[int, CachedScores], None]:
+        """Score sequences; yields (index into `requests`, scores) as they are ready.
+
+        `client` shares the teacher fairly, `deadline` is in `time.monotonic` seconds. `milliseconds` is what
+        computing took, now or, if cached, once. Closing the iterator frees the work. Raises INVALID_REQUEST,
+        TEACHER_NOT_LOADED, TEACHER_LOADING or HIDDEN_NOT_SUPPORTED at once; QUEUE_FULL before anything is computed;
+        OUT_OF_MEMORY, NOT_A_NUMBER, DEADLINE_EXCEEDED, TEACHER_CHANGED or SHUTTING_DOWN later.
+        """
+        info = self._ready().info
+        check_scores(requests, info)
+        return scores(self._desk, info, requests, client=client, use_cache=use_cache, deadline=deadline)
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], *, client: str = "", use_cache: bool = True
+    ) -> AsyncGenerator[tuple[int, GeneratedToken], None]:
+        """Continue prompts, many at once; yields (index into `requests`, token) as tokens come.
+
+        Greedy and seeded completions are cached, and a cached one comes at once. Closing the iterator frees the
+        work. Raises as `score` does.
+        """
+        info = self._ready().info
+        check_generations(requests, info)
+        return completions(self._desk, info, requests, client=client, use_cache=use_cache)
+
+    async def head(self) -> TeacherHead:
+        """The teacher's output head. Raises TEACHER_NOT_LOADED, HIDDEN_NOT_SUPPORTED."""
+        info = self._ready().info
+        if not info.supports_hidden:
+            raise OpdError(Reason.HIDDEN_NOT_SUPPORTED, info.hidden_refusal, teacher=info.name)
+        return await asyncio.wrap_future(self._engine.ask(lambda loaded: export_head(loaded.model)))
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """Token ids of plain text. Raises TEACHER_NOT_LOADED."""
+        return self._ready().tokenizer.encode(text)
+
+    def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> tuple[int, ...]:
+        """Token ids of a chat under the teacher's template. Raises TEACHER_NOT_LOADED, INVALID_REQUEST."""
+        return self._ready().tokenizer.render_chat(messages, add_generation_prompt)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of token ids. Raises TEACHER_NOT_LOADED."""
+        return self._ready().tokenizer.decode(ids)
+
+    def cache_stats(self) -> CacheStats:
+        """Look-ups since the daemon started, and what is on disk."""
+        return self._cache.stats()
+
+    async def prune_cache(self, max_bytes: int | None) -> CacheStats:
+        """Remove least recently used entries down to `max_bytes`: 0 means all, None down to the configured limit."""
+        limit = self._cache.stats().limit_bytes if max_bytes is None else max_bytes
+        await asyncio.to_thread(self._cache.prune, limit)
+        return self._cache.stats()
+
+    def _ready(self) -> Resident:
+        if self._loader.resident:
+            return self._loader.resident
+        self._refuse_while_loading()
+        raise (self._loader.failure or not_loaded()).with_traceback(None)
+
+    def _busy(self) -> bool:
+        return self._loading is not None and not self._loading.done()
+
+    def _refuse_while_loading(self) -> None:
+        if self._busy():
+            raise OpdError(Reason.TEACHER_LOADING, "a teacher is being loaded; try again when it is ready")
