@@ -1,0 +1,129 @@
+"""Checkpoints of a run: `step_000100/`, `best/` and `final/`, each a complete adapter folder that mlx-lm loads.
+
+A step's checkpoint holds besides `optimizer.safetensors` and `state.json`, from which a run goes on exactly as it
+would have. A folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from opd_daemon.distill.adapter import CONFIG, WEIGHTS
+from opd_daemon.distill.files import write_file, write_folder
+from opd_daemon.distill.model_folder import read_header
+from opd_daemon.errors import OpdError, Reason
+
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+STEP_FOLDER = re.compile(r"step_(\d{6,})")
+
+
+@dataclass(frozen=True, slots=True)
+class RunProgress:
+    """Where a run stands after `step` updates.
+
+    cursor: prompts used so far. seed: of the run; every random number is a function of it and the step.
+    best_kl, best_step: lowest validation KL so far and its step; None before the first evaluation.
+    """
+
+    step: int = 0
+    cursor: int = 0
+    seed: int = 0
+    best_kl: float | None = None
+    best_step: int | None = None
+    seconds_elapsed: float = 0.0
+
+
+class Checkpoints:
+    """The checkpoint folder of one run."""
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+        self._repair()
+
+    def save_step(self, progress: RunProgress, save: Callable[[Path], None]) -> Path:
+        """Write the checkpoint of a step, then delete the oldest ones beyond `keep_last`.
+
+        `save` writes adapter and optimizer. Raises DISK_FULL, leaving the checkpoints as they were.
+        """
+        path = self.folder / f"step_{progress.step:06d}"
+
+        def fill(folder: Path) -> None:
+            save(folder)
+            write_file(folder / STATE, json.dumps(asdict(progress), indent=2).encode())
+
+        write_folder(path, fill)
+        for old in self.steps()[: -self.keep_last]:
+            shutil.rmtree(old)
+        return path
+
+    def save_named(self, name: str, save: Callable[[Path], None]) -> Path:
+        """Write `best/` or `final/`, replacing an earlier one whole."""
+        write_folder(self.folder / name, save)
+        return self.folder / name
+
+    def steps(self) -> list[Path]:
+        """Folders of steps, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [
+            (int(match[1]), entry) for entry in self.folder.iterdir() if (match := STEP_FOLDER.fullmatch(entry.name))
+        ]
+        return [entry for _, entry in sorted(found)]
+
+    def _repair(self) -> None:
+        """Finish or undo what a crash left half done: an old folder whose successor never came returns."""
+        if not self.folder.is_dir():
+            return
+        for entry in self.folder.glob(".*.old"):
+            place = self.folder / entry.name.removeprefix(".").removesuffix(".old")
+            if not place.exists():
+                entry.rename(place)
+        for entry in self.folder.glob(".*"):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete step checkpoint in a run's folder, None when there is none."""
+    for path in reversed(Checkpoints(folder, keep_last=1).steps()):
+        try:
+            read_progress(path)
+        except OpdError:
+            continue
+        return path
+    return None
+
+
+def read_progress(path: Path) -> RunProgress:
+    """Where the run stood at a step's checkpoint.
+
+    Raises:
+        OpdError: CHECKPOINT_NOT_FOUND when the folder is no complete checkpoint.
+    """
+    try:
+        content = json.loads((path / STATE).read_text(encoding="utf-8"))
+        progress = replace(RunProgress(), **content)
+        read_header(path / WEIGHTS)
+        read_header(path / OPTIMIZER)
+        (path / CONFIG).stat()
+    except (OSError, ValueError, TypeError, OpdError) as fault:
+        message = f"{path}: no complete checkpoint; resume from another one"
+        raise OpdError(Reason.CHECKPOINT_NOT_FOUND, message, path=path) from fault
+    return progress
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(entry.stat().st_size for entry in path.iterdir())
+
+
+def copy_adapter(source: Path, target: Path) -> None:
+    """Copy the adapter's two files into a folder that may hold other things. Raises DISK_FULL."""
+    for name in (WEIGHTS, CONFIG):
+        write_file(target / name, (source / name).read_bytes())

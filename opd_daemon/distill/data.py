@@ -1,0 +1,251 @@
+"""Training rows in JSONL files, the prompts made of them, and the order in which a run uses them.
+
+Nothing heavy is imported here, because the daemon checks a file's rows before it accepts a run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from opd_daemon.errors import OpdError, Reason
+
+if TYPE_CHECKING:
+    from opd_daemon.config import RunConfig
+
+EXPECTED = '{"prompt"}, or mlx-lm\'s {"messages"}, {"prompt", "completion"} or {"text"}'
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a file. place: `file:line`.
+
+    messages: what the student is asked, as chat messages; empty for a plain text, which is in `text`.
+    completion: the answer the file gives, None when it gives none.
+    """
+
+    place: str
+    messages: tuple[dict[str, str], ...]
+    text: str = ""
+    completion: str | None = None
+
+    @property
+    def prompt(self) -> str:
+        """The last thing said before the answer, for people to read."""
+        return self.messages[-1]["content"] if self.messages else self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A tokenised row. reference_ids: the file's own completion including its EOS, None when it gives none."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    reference_ids: tuple[int, ...] | None = None
+    place: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """Training and held-out prompts. Every epoch has its own order, which depends on the seed alone."""
+
+    train: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    seed: int
+
+    def take(self, cursor: int, count: int) -> list[Prompt]:
+        """The `count` prompts after the first `cursor` ones of the run, epochs following each other."""
+        size = len(self.train)
+        orders: dict[int, np.ndarray[Any, Any]] = {}
+        taken = []
+        for place in range(cursor, cursor + count):
+            epoch, offset = divmod(place, size)
+            if epoch not in orders:
+                orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(size)
+            taken.append(self.train[orders[epoch][offset]])
+        return taken
+
+
+def read_rows(path: Path, limit: int | None = None) -> list[Row]:
+    """Read the first `limit` rows of a JSONL file; blank lines, a byte-order mark and Windows line ends are no fault.
+
+    Raises:
+        OpdError: INVALID_RUN_CONFIG naming file and line at the first fault, or the file when it has no rows.
+    """
+    rows = []
+    for entry in scan_rows(path, limit):
+        if isinstance(entry, str):
+            raise OpdError(Reason.INVALID_RUN_CONFIG, entry, path=path)
+        rows.append(entry)
+    return rows
+
+
+def scan_rows(path: Path, limit: int | None = None) -> Iterator[Row | str]:
+    """Rows of a JSONL file in order; in place of a faulty row, a line that names file, line and cure."""
+    found = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if found == limit:
+                    return
+                content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if content.strip():
+                    found += 1
+                    yield _parse_line(content, f"{path}:{number}")
+    except FileNotFoundError:
+        yield f"{path}: no such file"
+    except OSError as fault:
+        yield f"{path}: can't be read: {fault.strerror}"
+    else:
+        if not found:
+            yield f"{path}: holds no rows; give one JSON object a line, {EXPECTED}"
+
+
+def split_rows(config: RunConfig) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows of a run: from two files, or one file split by the run's seed.
+
+    Raises:
+        OpdError: INVALID_RUN_CONFIG for a faulty file, or one with too few rows to split.
+    """
+    if config.prompts_path and config.validation_prompts_path:
+        held_out = read_rows(Path(config.validation_prompts_path), config.max_validation_prompts)
+        return read_rows(Path(config.prompts_path), config.max_prompts), held_out
+    path = Path(config.prompts_path or config.validation_prompts_path)
+    rows = read_rows(path, config.max_prompts + config.max_validation_prompts)
+    if len(rows) < 2:
+        message = f"{path}: 1 row can't be split into training and held-out rows; add rows or name a second file"
+        raise OpdError(Reason.INVALID_RUN_CONFIG, message, path=path)
+    wanted = min(max(1, round(len(rows) * config.validation_fraction)), len(rows) - 1, config.max_validation_prompts)
+    order = np.random.default_rng([config.seed, len(rows)]).permutation(len(rows))
+    held_out_places = set(order[:wanted].tolist())
+    train = [row for place, row in enumerate(rows) if place not in held_out_places]
+    held_out = [row for place, row in enumerate(rows) if place in held_out_places]
+    return train[: config.max_prompts], held_out
+
+
+def build_prompts(config: RunConfig, tokenizer: Any, eos_ids: Sequence[int], max_context: int) -> PromptSet:
+    """Read, split and tokenise the run's rows with the student's tokenizer and chat template.
+
+    Raises:
+        OpdError: INVALID_RUN_CONFIG naming file and line, also of a prompt longer than `max_prompt_tokens`, or that
+            leaves no room for `max_generation_tokens` in the models' context.
+    """
+    train, held_out = split_rows(config)
+    rows = [*train, *held_out]
+    prompts = [tokenise(row, index, tokenizer, eos_ids) for index, row in enumerate(rows)]
+    for prompt in prompts:
+        length = len(prompt.token_ids)
+        problem = ""
+        if length > config.max_prompt_tokens:
+            problem = f"more than max_prompt_tokens {config.max_prompt_tokens}; shorten the prompt or raise it"
+        elif length + config.max_generation_tokens > max_context:
+            problem = (
+                f"with max_generation_tokens {config.max_generation_tokens} more than the context of {max_context}"
+            )
+        if problem:
+            message = f"{prompt.place}: {length} tokens, {problem}"
+            raise OpdError(Reason.INVALID_RUN_CONFIG, message, place=prompt.place)
+    return PromptSet(tuple(prompts[: len(train)]), tuple(prompts[len(train) :]), config.seed)
+
+
+def tokenise(row: Row, index: int, tokenizer: Any, eos_ids: Sequence[int]) -> Prompt:
+    """Turn a row into ids.
+
+    Messages go through the chat template, or are joined by lines where the tokenizer has none. A plain text is cut in
+    the middle: its first half is the prompt, the rest the reference.
+    """
+    if not row.messages:
+        ids = tuple(tokenizer.encode(row.text))
+        middle = (len(ids) + 1) // 2
+        return Prompt(index, row.text, ids[:middle], (*ids[middle:], *eos_ids[:1]), row.place)
+    ids = _render(tokenizer, row.messages, answer=None)
+    reference = None if row.completion is None else _reference(tokenizer, row, ids, eos_ids)
+    return Prompt(index, row.prompt, ids, reference, row.place)
+
+
+def _reference(tokenizer: Any, row: Row, prompt_ids: tuple[int, ...], eos_ids: Sequence[int]) -> tuple[int, ...]:
+    whole = _render(tokenizer, row.messages, answer=row.completion)
+    if whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids):
+        answer = whole[len(prompt_ids) :]
+    else:  # some templates rewrite earlier turns once an answer follows
+        answer = tuple(tokenizer.encode(row.completion, add_special_tokens=False))
+    ends = [place for place, token in enumerate(answer) if token in eos_ids]
+    return answer[: ends[0] + 1] if ends else (*answer, *eos_ids[:1])
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, str]], answer: str | None) -> tuple[int, ...]:
+    turns = [dict(message) for message in messages]
+    if answer is not None:
+        turns.append({"role": "assistant", "content": answer})
+    if getattr(tokenizer, "chat_template", None) is None:
+        return tuple(tokenizer.encode("\n".join(turn["content"] for turn in turns)))
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=True, return_dict=False)
+    return tuple(ids)
+
+
+def _parse_line(line: bytes, place: str) -> Row | str:
+    try:
+        content = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as fault:
+        return (
+            f"{place}: not UTF-8 (byte 0x{line[fault.start]:02x} at column {fault.start + 1}); save the file as UTF-8"
+        )
+    except json.JSONDecodeError as fault:
+        return f"{place}: not JSON: {fault.msg} at column {fault.colno}"
+    except RecursionError:
+        return f"{place}: not a row: nested too deeply"
+    if not isinstance(content, dict):
+        return f"{place}: not a JSON object; give {EXPECTED}"
+    return _parse_row(content, place)
+
+
+def _parse_row(content: dict[str, Any], place: str) -> Row | str:
+    if "messages" in content:
+        return _parse_messages(content["messages"], "messages", place)
+    if isinstance(content.get("prompt"), list):
+        return _parse_messages(content["prompt"], "prompt", place)
+    content = {name: value for name, value in content.items() if value is not None}
+    for name in ("prompt", "completion", "text"):
+        if name in content and (fault := _text_fault(content[name])):
+            return f'{place}: "{name}" {fault}'
+    if "prompt" in content:
+        message = {"role": "user", "content": content["prompt"]}
+        return Row(place, (message,), completion=content.get("completion"))
+    if "text" in content:
+        return Row(place, (), text=content["text"])
+    keys = ", ".join(f'"{key}"' for key in list(content)[:4]) or "no keys"
+    return f"{place}: has {keys}; give {EXPECTED}"
+
+
+def _parse_messages(messages: object, name: str, place: str) -> Row | str:
+    if not isinstance(messages, list) or not messages:
+        return f'{place}: "{name}" is not a list of messages'
+    turns = []
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return f'{place}: message {number} of "{name}" has no "role"'
+        if fault := _text_fault(message.get("content")):
+            return f'{place}: "content" of message {number} {fault}'
+        turns.append({"role": message["role"], "content": message["content"]})
+    completion = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
+    if not any(turn["role"] == "user" for turn in turns):
+        return f'{place}: "{name}" has no message of role "user" to answer'
+    return Row(place, tuple(turns), completion=completion)
+
+
+def _text_fault(value: object) -> str:
+    if not isinstance(value, str):
+        return f"is {json.dumps(value)[:40]}, not a text"
+    if not value.strip():
+        return "is empty"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return "holds half of a surrogate pair, which is no character"
+    return ""

@@ -1,0 +1,88 @@
+"""Writing files so that a reader sees the old content or the new, never half of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from opd_daemon.errors import OpdError, Reason
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file through a temporary name.
+
+    Raises:
+        OpdError: DISK_FULL, or INVALID_REQUEST where the folder can't be written to; no half file is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as fault:
+        with suppress(OSError):
+            temporary.unlink()
+        raise write_error(path, fault) from fault
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a log that is read while it grows. Raises as `write_file` does."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as fault:
+        raise write_error(path, fault) from fault
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a whole folder under a temporary name, then put it in the place of `path`.
+
+    Raises:
+        OpdError: DISK_FULL, or INVALID_REQUEST where the folder can't be written to; `path` is then as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    old = path.with_name(f".{path.name}.old")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        sync_folder(temporary)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as fault:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise write_error(path, fault) from fault
+    except OpdError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def sync_folder(path: Path) -> None:
+    """Make the folder's entries durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_error(path: Path, fault: OSError) -> OpdError:
+    """The error a person should see for a failed write."""
+    if fault.errno in FULL:
+        message = f"{path}: no space left on the disk; free some and resume the run"
+        return OpdError(Reason.DISK_FULL, message, path=path)
+    return OpdError(Reason.INVALID_REQUEST, f"{path}: can't be written: {fault.strerror}", path=path)

@@ -1,0 +1,197 @@
+"""Everything that can be checked before a weight is loaded is, one violation per fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from opd_daemon.config import LoraConfig, parse_config
+from opd_daemon.distill.adapter import CONFIG, WEIGHTS
+from opd_daemon.distill.model_folder import read_model_folder
+from opd_daemon.distill.planning import lora_parameters
+from opd_daemon.distill.preflight import check_run, estimate
+from opd_daemon.distill.student import Student
+from opd_daemon.trainer import TrainerInfo
+from tests.tiny import write_tiny_qwen2
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    strength: float = 1.0
+
+
+TRAINER = TrainerInfo("t", "1", "", factory=lambda: None, options=Options)  # type: ignore[arg-type,return-value]
+
+
+@pytest.fixture
+def settings(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> dict[str, Any]:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(10)))
+    return {
+        "base_model_path": str(tiny_student),
+        "teacher_model_path": str(tiny_teacher),
+        "prompts_path": str(rows),
+        "max_generation_tokens": 16,
+        "num_steps": 10,
+    }
+
+
+def faults(settings: dict[str, Any]) -> dict[str, str]:
+    return {fault.field: fault.description for fault in check_run(parse_config(settings), TRAINER)}
+
+
+def test_a_sound_run_has_no_faults(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert faults({**settings, "output_adapter_path": str(tmp_path / "new" / "folder")}) == {}
+
+
+def test_every_fault_is_reported_at_once(settings: dict[str, Any], tmp_path: Path) -> None:
+    found = faults(
+        {
+            **settings,
+            "base_model_path": str(tmp_path / "nope"),
+            "teacher_model_path": str(tmp_path),
+            "prompts_path": str(tmp_path / "missing.jsonl"),
+            "output_adapter_path": str(tmp_path / "rows.jsonl" / "inside"),
+            "trainer_options": {"strenght": 2},
+        }
+    )
+    assert found == {
+        "config.base_model_path": f"{tmp_path}/nope: no such folder; give an mlx-lm model folder "
+        "(config.json and model*.safetensors)",
+        "config.teacher_model_path": f"{tmp_path}/config.json: no such file; an mlx-lm model folder has one",
+        "config.prompts_path": f"{tmp_path}/missing.jsonl: no such file",
+        "config.output_adapter_path": f"{tmp_path}/rows.jsonl/inside: {tmp_path}/rows.jsonl is a file, not a folder",
+        "config.trainer_options.strenght": "trainer t has no such option; it has strength",
+    }
+
+
+def test_faulty_lines_are_named_up_to_a_handful(settings: dict[str, Any]) -> None:
+    path = Path(settings["prompts_path"])
+    path.write_text("{broken\n" * 9)
+    found = [fault.description for fault in check_run(parse_config(settings), TRAINER)]
+    assert [f"{path}:{line}: not JSON" in text for line, text in enumerate(found[:5], start=1)] == [True] * 5
+    assert found[5:] == [f"{path}: 4 more faulty lines"]
+
+
+@pytest.fixture
+def broken(settings: dict[str, Any], tmp_path: Path) -> Path:
+    """A copy of the student that a test may break."""
+    folder = tmp_path / "broken"
+    shutil.copytree(settings["base_model_path"], folder)
+    settings["base_model_path"] = str(folder)
+    return folder
+
+
+def break_weights(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+
+
+def break_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+
+
+def lose_a_shard(folder: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (break_weights, "bytes long instead of"),
+        (break_header, "not a safetensors file, or cut off"),
+        (lose_a_shard, "1 of 2 weight files are missing, first model-00002-of-00002.safetensors"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds no model*.safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "has no 'model_type'"),
+        (lambda folder: (folder / "config.json").write_text("{"), "can't be read"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json is broken"),
+    ],
+)
+def test_damaged_model_folders_are_named(settings: dict[str, Any], broken: Path, damage: Any, says: str) -> None:
+    damage(broken)
+    found = faults(settings)
+    assert list(found) == ["config.base_model_path"]
+    assert says in found["config.base_model_path"]
+
+
+def test_tokenizers_that_disagree_are_refused_by_their_first_tokens(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings["teacher_model_path"] = str(write_tiny_qwen2(tmp_path / "other", shuffled_vocab=True))
+    found = faults(settings)["config.teacher_model_path"]
+    assert "disagrees with the student's" in found
+    assert "id 0 is " in found
+
+
+def test_padded_and_superset_vocabularies_are_no_fault(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_tiny_qwen2(tmp_path / "wide", vocab=1024, extra_tokens=["<think>", "</think>"])
+    assert faults({**settings, "teacher_model_path": str(folder)}) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "says"),
+    [
+        ({"top_k": 1000}, "top_k", "1000: the vocabulary has"),
+        ({"max_generation_tokens": 512}, "max_generation_tokens", "no room for a prompt in the models' context of 512"),
+        ({"max_prompt_tokens": 2}, "max_prompt_tokens", "rows.jsonl:1: "),
+        ({"use_teacher_targets": False}, "prompts_path", "rows.jsonl:1: has no completion to learn"),
+        ({"trainer_options": {"strength": "much"}}, "trainer_options.strength", "'much'"),
+    ],
+)
+def test_values_that_cannot_work_are_named(
+    settings: dict[str, Any], changes: dict[str, Any], field: str, says: str
+) -> None:
+    found = faults({**settings, **changes})
+    assert list(found) == [f"config.{field}"]
+    assert says in found[f"config.{field}"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_folder_that_cannot_be_written_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    found = faults({**settings, "output_adapter_path": str(tmp_path / "closed" / "out")})
+    assert "is not writable" in found["config.output_adapter_path"]
+
+
+@pytest.fixture
+def adapter(settings: dict[str, Any], tmp_path: Path) -> Path:
+    folder = tmp_path / "adapter"
+    Student.load(Path(settings["base_model_path"]), None, LoraConfig(rank=4), seed=0).save_adapter(folder)
+    settings["student_adapter_path"] = str(folder)
+    return folder
+
+
+def test_an_adapter_is_checked_against_the_base(settings: dict[str, Any], adapter: Path, tmp_path: Path) -> None:
+    assert faults(settings) == {}
+    other = write_tiny_qwen2(tmp_path / "wider", hidden=96)
+    found = faults({**settings, "base_model_path": str(other)})["config.student_adapter_path"]
+    assert "model.layers.0.mlp.down_proj.lora_a has shape (128, 4), the base model needs (192, 4)" in found
+    (adapter / WEIGHTS).unlink()
+    assert "no such file" in faults(settings)["config.student_adapter_path"]
+    (adapter / CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
+    assert "PEFT adapters have to be converted" in faults(settings)["config.student_adapter_path"]
+
+
+def test_the_estimate_names_its_assumptions_and_grows_with_the_work(settings: dict[str, Any]) -> None:
+    plan = estimate(parse_config(settings), teacher_loaded=False)
+    assert plan.seconds > 0
+    assert plan.peak_bytes == plan.daemon_peak_bytes + plan.worker_peak_bytes
+    assert plan.assumptions
+    assert plan.available_bytes > 0
+    longer = estimate(parse_config({**settings, "num_steps": 1000}), teacher_loaded=False)
+    assert longer.seconds > 50 * plan.seconds
+    assert longer.disk_bytes > plan.disk_bytes
+
+
+def test_adapter_sizes_are_right(settings: dict[str, Any], tiny_student: Path) -> None:
+    config = parse_config({**settings, "lora": {"rank": 4}})
+    student = Student.load(tiny_student, None, config.lora, seed=0)
+    actual = sum(tensor.size for tensor in student.parameters().values())
+    assert lora_parameters(config, read_model_folder(tiny_student)) == pytest.approx(actual, rel=0.15)
