@@ -122,7 +122,7 @@ CODES: dict[Reason, Code] = {
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One fault of one field: `field` is its path in the request (`config.batch_size`), `description` value and cure."""
+    """One fault: `field` is its path in the request (`config.batch_size`), `description` the value and the cure."""
 
     field: str
     description: str

@@ -1,0 +1,79 @@
+"""What is checked before a run is accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from opd_daemon.config import RunConfig, parse_config
+from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
+from opd_daemon.plugins import PluginRegistry
+from opd_daemon.runs.attempt import Preflight
+
+
+def request_digest(values: dict[str, Any]) -> str:
+    """What tells one request from another with the same id."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+async def checked_config(
+    values: dict[str, Any], plugins: PluginRegistry, preflight: Preflight, taken_ids: set[str]
+) -> RunConfig:
+    """The validated configuration of a new run.
+
+    Raises:
+        OpdError: INVALID_RUN_CONFIG with every fault that could be found, those of fields and those of files.
+    """
+    faults: list[FieldViolation] = []
+    config: RunConfig | None
+    try:
+        config = parse_config(values).expanded()
+    except OpdError as fault:
+        faults += fault.violations
+        config = _sound_part(values, fault.violations)
+    if config is not None:
+        known = {fault.field for fault in faults}
+        found = await asyncio.to_thread(_faults, config, plugins, preflight, taken_ids)
+        faults += [fault for fault in found if fault.field not in known]
+    if faults or config is None:
+        raise violations_error(faults, Reason.INVALID_RUN_CONFIG)
+    return config
+
+
+def _sound_part(values: dict[str, Any], faults: tuple[FieldViolation, ...]) -> RunConfig | None:
+    """The configuration without its faulty fields, so that the others are checked too; None when nothing is left."""
+    faulty = {fault.field.split(".")[1] for fault in faults if "." in fault.field}
+    try:
+        return parse_config({name: value for name, value in values.items() if name not in faulty}).expanded()
+    except OpdError:
+        return None
+
+
+def _faults(
+    config: RunConfig, plugins: PluginRegistry, preflight: Preflight, taken_ids: set[str]
+) -> list[FieldViolation]:
+    faults = []
+    if config.run_id in taken_ids:
+        faults.append(FieldViolation("config.run_id", f"{config.run_id!r} is taken; choose another or leave it empty"))
+    if config.output_adapter_path and (why := _unwritable(Path(config.output_adapter_path))):
+        faults.append(FieldViolation("config.output_adapter_path", f"{config.output_adapter_path}: {why}"))
+    try:
+        trainer = plugins.trainer(config.trainer)
+    except OpdError as fault:
+        return [*faults, FieldViolation("config.trainer", fault.message)]
+    named = {fault.field for fault in faults}
+    return faults + [fault for fault in preflight.check(config, trainer) if fault.field not in named]
+
+
+def _unwritable(folder: Path) -> str:
+    """Why an adapter can't be written to `folder`; empty when it can."""
+    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not existing.is_dir():
+        return f"{existing} is not a folder; choose another place"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"no permission to write in {existing}; choose another place or change its mode"
+    return ""

@@ -1,0 +1,204 @@
+"""One attempt at a run: prepare, load the teacher, start the worker, see it through to the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from opd_daemon.config import RunConfig, parse_config
+from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
+from opd_daemon.events import EventLog
+from opd_daemon.plugins import PluginRegistry
+from opd_daemon.runs.ledger import Ledger
+from opd_daemon.runs.states import moved
+from opd_daemon.runs.workers import WorkerProcess, Workers, meaning_of_exit
+from opd_daemon.trainer import TrainerInfo
+from opd_daemon.types import Plan, Run, RunState
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# A worker that has reported its outcome has nothing left to do.
+GOODBYE_SECONDS = 10.0
+DISK_RETRY_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What can be found out about a run before anything loads; both functions block and run off the loop.
+
+    check: every fault of a configuration. estimate: time and memory, given whether its teacher is resident already.
+    """
+
+    check: Callable[[RunConfig, TrainerInfo], list[FieldViolation]]
+    estimate: Callable[[RunConfig, bool], Plan]
+
+
+@dataclass(frozen=True, slots=True)
+class Teaching:
+    """The resident teacher: `loaded` names its path, empty when there is none; `ensure` loads another if need be."""
+
+    loaded: Callable[[], str]
+    ensure: Callable[[str], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class RunServices:
+    """What runs need of the daemon. `stop_grace` is how long a worker may take to write its checkpoint, in seconds."""
+
+    events: EventLog
+    plugins: PluginRegistry
+    workers: Workers
+    preflight: Preflight
+    teaching: Teaching
+    stop_grace: float
+    ledger: Ledger
+
+
+class _Ended(Exception):
+    """The run was stopped before its worker started."""
+
+
+class Attempt:
+    """Carries a run from PENDING to rest."""
+
+    def __init__(self, run: Run, services: RunServices) -> None:
+        self.run_id = run.run_id
+        self.config = parse_config(run.config)
+        self._services = services
+        self._stopping = asyncio.Event()
+        self._hurried = asyncio.Event()
+        self._deadline: float | None = None
+        self._shutting_down = False
+        self._overdue = False
+
+    async def carry_out(self) -> None:
+        """Do it all; the run is at rest afterwards, whatever happened."""
+        try:
+            await self._prepare()
+            await self._work()
+        except _Ended:
+            await self._come_to_rest(*self.stopped())
+        except OpdError as fault:
+            await self._come_to_rest(RunState.FAILED, fault.reason, " ".join(str(fault).split()))
+        except Exception:
+            logger.exception("run %s: the daemon failed", self.run_id)
+            await self._come_to_rest(RunState.FAILED, Reason.INTERNAL, "the daemon failed; its log has the details")
+
+    def stop(self) -> None:
+        """The run is STOPPING: give the worker its grace, then end it."""
+        self._stopping.set()
+        self._hurry(self._services.stop_grace)
+
+    def shut_down(self, grace: float) -> None:
+        """The daemon goes: like `stop`, but the run can be resumed as if nothing had been asked."""
+        self._shutting_down = not self._stopping.is_set()
+        self._stopping.set()
+        self._hurry(grace)
+
+    def finished(self) -> None:
+        """The worker has reported its outcome and will go."""
+        self._hurry(GOODBYE_SECONDS)
+
+    def stopped(self) -> tuple[RunState, str, str]:
+        """State, reason and message of a run that stopped when it was asked to."""
+        if self._shutting_down:
+            return RunState.INTERRUPTED, Reason.SHUTTING_DOWN, "the daemon was stopped; resume goes on from here"
+        return RunState.STOPPED, "", ""
+
+    async def _prepare(self) -> None:
+        await self._enter(RunState.PLANNING)
+        trainer = self._services.plugins.trainer(self.config.trainer)
+        violations = await asyncio.to_thread(self._services.preflight.check, self.config, trainer)
+        if violations:
+            raise violations_error(violations, Reason.INVALID_RUN_CONFIG)
+        resident = self._services.teaching.loaded() == self.config.teacher_model_path
+        plan = await asyncio.to_thread(self._services.preflight.estimate, self.config, resident)
+        await self._unless_stopped(self._services.teaching.ensure(self.config.teacher_model_path))
+        await self._enter(RunState.LOADING, plan=plan)
+
+    async def _enter(self, state: RunState, **changes: Any) -> None:
+        try:
+            await self._services.ledger.enter(self.run_id, state, **changes)
+        except OpdError as fault:
+            # Only a stop moves the run under our feet.
+            if fault.reason is Reason.RUN_STATE_CONFLICT:
+                raise _Ended from None
+            raise
+
+    async def _unless_stopped(self, work: Awaitable[T]) -> T:
+        task, stop = asyncio.ensure_future(work), asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise _Ended
+            return task.result()
+        finally:
+            stop.cancel()
+            # Loading goes on in the teacher's own thread; nobody waits for it here any more.
+            task.cancel()
+
+    async def _work(self) -> None:
+        try:
+            worker = await self._services.workers.start(self.run_id)
+        except OSError as fault:
+            message = f"the worker can't be started: {fault.strerror or fault}"
+            raise OpdError(Reason.WORKER_DIED, message) from fault
+        try:
+            record = worker.record()
+            await self._services.events.commit(lambda store: store.put_worker(record))
+            code = await self._see_through(worker)
+            await self._after_exit(worker, code)
+        finally:
+            await worker.terminate()
+            self._services.workers.discharge(worker)
+            await self._services.events.commit(lambda store: store.forget_worker(self.run_id))
+
+    async def _see_through(self, worker: WorkerProcess) -> int:
+        ended = asyncio.create_task(worker.wait())
+        while not ended.done():
+            self._hurried.clear()
+            hurried = asyncio.create_task(self._hurried.wait())
+            await asyncio.wait({ended, hurried}, timeout=self._seconds_left(), return_when=asyncio.FIRST_COMPLETED)
+            hurried.cancel()
+            if not ended.done() and self._seconds_left() == 0.0:
+                self._overdue = True
+                await worker.terminate()
+                await asyncio.wait({ended})
+        return ended.result()
+
+    def _hurry(self, seconds: float) -> None:
+        """From now on the worker has so many seconds at most."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        self._deadline = deadline if self._deadline is None else min(self._deadline, deadline)
+        self._hurried.set()
+
+    def _seconds_left(self) -> float | None:
+        return None if self._deadline is None else max(self._deadline - asyncio.get_running_loop().time(), 0.0)
+
+    async def _after_exit(self, worker: WorkerProcess, code: int) -> None:
+        if self._overdue:
+            message = "the worker did not stop in time and was ended; resume goes on from the last checkpoint"
+            await self._come_to_rest(RunState.INTERRUPTED, Reason.WORKER_DIED, message)
+            return
+        meaning = meaning_of_exit(code, worker.log.last_line())
+        await self._come_to_rest(meaning.state, meaning.reason, meaning.message)
+
+    async def _come_to_rest(self, state: RunState, reason: str, message: str) -> None:
+        while True:
+            try:
+                await self._services.ledger.change(
+                    self.run_id,
+                    # What the worker reported itself stands.
+                    lambda run: None if run.state.resting else moved(run, state, message=message, error_reason=reason),
+                )
+                return
+            except OpdError as fault:
+                if fault.reason is not Reason.DISK_FULL or self._shutting_down:
+                    raise
+                logger.warning("run %s is %s, but that can't be stored yet: %s", self.run_id, state, fault)
+                await asyncio.sleep(DISK_RETRY_SECONDS)

@@ -1,0 +1,331 @@
+"""Runs as the rest of the daemon sees them: accept, schedule, stop, resume, delete, recover."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from opd_daemon.config import parse_config
+from opd_daemon.distill.checkpoints import RunProgress, latest, read_progress
+from opd_daemon.distill.files import write_file
+from opd_daemon.errors import OpdError, Reason, invalid, violations_error
+from opd_daemon.events import EventLog
+from opd_daemon.home import Home
+from opd_daemon.names import new_run_id
+from opd_daemon.plugins import PluginRegistry
+from opd_daemon.runs.acceptance import checked_config, request_digest
+from opd_daemon.runs.attempt import Preflight, RunServices, Teaching
+from opd_daemon.runs.ledger import Ledger
+from opd_daemon.runs.scheduler import Scheduler
+from opd_daemon.runs.states import LIVE, conflict, moved, state_event
+from opd_daemon.runs.workers import Workers, end_orphan
+from opd_daemon.store import Store
+from opd_daemon.types import Checkpoint, Event, EventKind, Run, RunState
+
+logger = logging.getLogger(__name__)
+
+STOP_GRACE_SECONDS = 60.0
+RETAINED_EVENTS = 1_000_000
+
+# Inside the class, `list` is the method.
+Runs = list[Run]
+Payloads = list[dict[str, Any]]
+Checkpoints = list[Checkpoint]
+
+
+class RunManager:
+    """Every run of this daemon. They wait in PENDING in order of creation; `max_concurrent_runs` are done at a time.
+
+    Call `recover` once before anything else and `close` at the end.
+    """
+
+    def __init__(
+        self,
+        *,
+        home: Home,
+        events: EventLog,
+        plugins: PluginRegistry,
+        workers: Workers,
+        preflight: Preflight,
+        teaching: Teaching,
+        max_concurrent_runs: int = 1,
+        stop_grace: float = STOP_GRACE_SECONDS,
+    ) -> None:
+        ledger = Ledger(events, plugins)
+        services = RunServices(events, plugins, workers, preflight, teaching, stop_grace, ledger)
+        self._home = home
+        self._events = events
+        self._plugins = plugins
+        self._workers = workers
+        self._preflight = preflight
+        self._teaching = teaching
+        self._ledger = ledger
+        self._scheduler = Scheduler(services, max_concurrent_runs)
+        self._accepting = asyncio.Lock()
+        self._closing = False
+        events.add_listener(self._tell_plugins)
+
+    def _tell_plugins(self, events: Sequence[Event]) -> None:
+        for event in events:
+            self._plugins.notify_event(event)
+
+    # Runs
+
+    async def create(self, values: dict[str, Any], *, request_id: str = "", validate_only: bool = False) -> Run:
+        """Check, plan and accept a run; `run.plan` says what it will take and what to beware of.
+
+        A request that comes again with the same `request_id` answers with the same run. With `validate_only` nothing is
+        kept, and the run has no run_id unless one was given.
+
+        Raises:
+            OpdError: INVALID_RUN_CONFIG with every fault, RUN_REFUSED, REQUEST_ID_REUSED, DISK_FULL, SHUTTING_DOWN.
+        """
+        self._refuse_when_closing()
+        digest = request_digest(values)
+        async with self._accepting:
+            earlier = await self._events.read(lambda store: store.run_by_request_id(request_id, digest))
+            if earlier is not None:
+                return earlier.run
+            run = await self._planned(values, request_id)
+            if validate_only:
+                return run
+            return await self._accept(run, digest)
+
+    async def _planned(self, values: dict[str, Any], request_id: str) -> Run:
+        taken = await self._events.read(lambda store: store.run_ids())
+        taken |= await asyncio.to_thread(self._ids_on_disk)
+        config = await checked_config(values, self._plugins, self._preflight, taken)
+        resident = self._teaching.loaded() == config.teacher_model_path
+        plan = await asyncio.to_thread(self._preflight.estimate, config, resident)
+        run = Run(
+            run_id=config.run_id,
+            state=RunState.PENDING,
+            config=config.model_dump(mode="json"),
+            created_at=datetime.now(UTC),
+            request_id=request_id,
+            session_id=config.session_id,
+            total_steps=config.num_steps,
+            plan=plan,
+        )
+        await asyncio.to_thread(self._plugins.before_run_started, run)
+        return run
+
+    async def _accept(self, run: Run, digest: str) -> Run:
+        taken = await self._events.read(lambda store: store.run_ids())
+        taken |= await asyncio.to_thread(self._ids_on_disk)
+        run_id = run.run_id or new_run_id(datetime.now().astimezone(), taken)
+        run = replace(run, run_id=run_id, config={**run.config, "run_id": run_id})
+        path = self._home.run(run_id).config
+        await asyncio.to_thread(write_file, path, parse_config(run.config).to_yaml().encode())
+        try:
+            await self._events.commit(lambda store: store.insert_run(run, [state_event(run)], digest))
+        except OpdError:
+            path.unlink(missing_ok=True)
+            raise
+        self._scheduler.wake()
+        return run
+
+    def _ids_on_disk(self) -> set[str]:
+        """Names whose files are there although the store may not know them: they must not be overwritten."""
+        configs, checkpoints = self._home.root / "configs", self._home.root / "checkpoints"
+        names = {entry.stem for entry in configs.glob("*.yaml")}
+        return names | {entry.name for entry in checkpoints.glob("*")}
+
+    async def get(self, run_id: str) -> Run:
+        """The run. Raises RUN_NOT_FOUND."""
+        return await self._ledger.get(run_id)
+
+    async def list(
+        self, *, page_size: int = 50, page_token: str = "", states: Collection[RunState] = ()
+    ) -> tuple[Runs, str]:
+        """Runs, newest first, and the token of the next page, empty on the last.
+
+        Raises:
+            OpdError: INVALID_PAGE_TOKEN.
+        """
+        if page_token and not (page_token.isascii() and page_token.isdecimal() and len(page_token) < 19):
+            raise invalid("page_token", "not a token this daemon gave out", Reason.INVALID_PAGE_TOKEN)
+        before = int(page_token) if page_token else None
+        found = await self._events.read(lambda store: store.list_runs(states, limit=page_size + 1, before=before))
+        page = found[:page_size]
+        return [stored.run for stored in page], str(page[-1].revision) if len(found) > page_size else ""
+
+    async def stop(self, run_id: str) -> Run:
+        """Ask a run to stop: a PENDING one ends at once, a live one writes a checkpoint first. Twice is once.
+
+        Raises:
+            OpdError: RUN_NOT_FOUND; RUN_STATE_CONFLICT when the run is resting.
+        """
+
+        def decide(run: Run) -> tuple[Run, Event] | None:
+            if run.state.resting:
+                raise conflict(run, "has nothing to stop")
+            if run.state is RunState.STOPPING:
+                return None
+            return moved(run, RunState.STOPPED if run.state is RunState.PENDING else RunState.STOPPING)
+
+        run = await self._ledger.change(run_id, decide)
+        if run.state is RunState.STOPPING and (attempt := self._scheduler.attempt(run_id)):
+            attempt.stop()
+        return run
+
+    async def resume(self, run_id: str) -> tuple[Run, int]:
+        """Take a resting run up again from its newest checkpoint; also returns the step it goes on from.
+
+        Raises:
+            OpdError: RUN_NOT_FOUND; RUN_STATE_CONFLICT for a live or SUCCEEDED run; INVALID_RUN_CONFIG when what it
+                needs is not there any more; SHUTTING_DOWN.
+        """
+        self._refuse_when_closing()
+        run = await self._ledger.get(run_id)
+        self._refuse_unless_resumable(run)
+        await self._check_again(run)
+        checkpoint = await asyncio.to_thread(latest, self._home.run(run_id).checkpoints)
+        progress = await asyncio.to_thread(read_progress, checkpoint) if checkpoint else RunProgress()
+
+        def decide(run: Run) -> tuple[Run, Event]:
+            self._refuse_unless_resumable(run)
+            again = replace(
+                run,
+                attempt=run.attempt + 1,
+                step=progress.step,
+                checkpoint_step=progress.step if checkpoint else None,
+                best_step=progress.best_step,
+            )
+            return moved(again, RunState.PENDING, message=f"resumed from step {progress.step}")
+
+        run = await self._ledger.change(run_id, decide, lambda store: store.rewind(run_id, progress.step))
+        self._scheduler.wake()
+        return run, progress.step
+
+    async def _check_again(self, run: Run) -> None:
+        config = parse_config(run.config)
+        violations = await asyncio.to_thread(self._preflight.check, config, self._plugins.trainer(config.trainer))
+        if violations:
+            raise violations_error(violations, Reason.INVALID_RUN_CONFIG)
+
+    def _refuse_unless_resumable(self, run: Run) -> None:
+        if not run.state.resumable:
+            raise conflict(run, "can't be resumed")
+
+    async def delete(self, run_id: str) -> None:
+        """Remove a resting run and its files. Its events stay in the log, which never has gaps.
+
+        Raises:
+            OpdError: RUN_NOT_FOUND; RUN_STATE_CONFLICT for a run that is pending or live.
+        """
+
+        def action(store: Store) -> None:
+            run = store.get_run(run_id)
+            if not run.state.resting:
+                raise conflict(run, "can't be deleted; stop it first")
+            store.delete_run(run_id)
+
+        if (await self.get(run_id)).state.resting:
+            await self._scheduler.wait(run_id)
+        await self._events.commit(action)
+        await asyncio.to_thread(_remove_files, self._home, run_id)
+
+    # What belongs to a run
+
+    async def metrics(
+        self, run_id: str, *, after_step: int = -1, limit: int = 1000, stride: int = 1
+    ) -> tuple[Payloads, bool]:
+        """METRICS payloads by step, every `stride`-th with the first and the last, and whether there are more."""
+        await self._ledger.get(run_id)
+        found = await self._events.read(
+            lambda store: store.metrics(
+                run_id, EventKind.METRICS, after_step=after_step, limit=limit + 1, stride=stride
+            )
+        )
+        return [event.payload for event in found[:limit]], len(found) > limit
+
+    async def evaluations(self, run_id: str) -> Payloads:
+        """All EVALUATION payloads of a run, by step."""
+        await self._ledger.get(run_id)
+        found = await self._events.read(lambda store: store.metrics(run_id, EventKind.EVALUATION, limit=-1))
+        return [event.payload for event in found]
+
+    async def checkpoints(self, run_id: str) -> Checkpoints:
+        """Checkpoints that are on disk now, oldest first."""
+        await self._ledger.get(run_id)
+        found = await self._events.read(lambda store: store.checkpoints(run_id))
+        return await asyncio.to_thread(lambda: [entry for entry in found if Path(entry.path).is_dir()])
+
+    # What workers say
+
+    def run_for_token(self, token: str) -> str | None:
+        """The run whose worker holds this token; None when no live worker does."""
+        return self._workers.run_for_token(token)
+
+    async def assignment(self, run_id: str) -> tuple[Run, str]:
+        """The run, and the folder of the checkpoint to go on from, empty for the start."""
+        run = await self._ledger.get(run_id)
+        checkpoint = await asyncio.to_thread(latest, self._home.run(run_id).checkpoints)
+        return run, str(checkpoint or "")
+
+    async def running(self, run_id: str) -> None:
+        """The worker trains now. A run that is STOPPING already stays so."""
+        await self._ledger.change(
+            run_id, lambda run: None if run.state is RunState.STOPPING else moved(run, RunState.RUNNING)
+        )
+
+    async def report(self, run_id: str, *events: Event) -> int:
+        """Store events of a run's worker; returns the revision of the last."""
+        return await self._ledger.report(run_id, *events)
+
+    async def finish(
+        self, run_id: str, state: RunState, *, error_reason: str = "", error_message: str = "", adapter_path: str = ""
+    ) -> Run:
+        """The worker's outcome.
+
+        Raises:
+            OpdError: RUN_STATE_CONFLICT when the run can't end so.
+        """
+        attempt = self._scheduler.attempt(run_id)
+        if attempt and state is RunState.STOPPED:
+            state, error_reason, error_message = attempt.stopped()
+        changes = {"adapter_path": adapter_path} if adapter_path else {}
+        run = await self._ledger.enter(run_id, state, message=error_message, error_reason=error_reason, **changes)
+        if attempt:
+            attempt.finished()
+        return run
+
+    # From start to end
+
+    async def recover(self) -> None:
+        """Take up what an earlier daemon left: end its workers, mark its live runs INTERRUPTED, start scheduling."""
+        orphans = await self._events.read(lambda store: store.workers())
+        await asyncio.gather(*(asyncio.to_thread(end_orphan, worker) for worker in orphans))
+        for worker in orphans:
+            await self._events.commit(partial(Store.forget_worker, run_id=worker.run_id))
+        for stored in await self._events.read(lambda store: store.list_runs(LIVE, limit=-1)):
+            message = "the daemon ended without stopping the run; resume goes on from the last checkpoint"
+            await self._ledger.enter(
+                stored.run.run_id, RunState.INTERRUPTED, message=message, error_reason=Reason.DAEMON_DIED
+            )
+        await self._events.compact(await self._events.revision() - RETAINED_EVENTS + 1)
+        self._scheduler.start()
+
+    async def close(self, grace: float = STOP_GRACE_SECONDS) -> None:
+        """Stop scheduling and let live runs write a checkpoint, for up to `grace` seconds; they end INTERRUPTED."""
+        self._closing = True
+        await self._scheduler.close(grace)
+
+    def _refuse_when_closing(self) -> None:
+        if self._closing:
+            raise OpdError(Reason.SHUTTING_DOWN, "the daemon stops; try again when it is back")
+
+
+def _remove_files(home: Home, run_id: str) -> None:
+    folders = home.run(run_id)
+    shutil.rmtree(folders.checkpoints, ignore_errors=True)
+    for path in (folders.config, folders.rollouts, folders.train_metrics, folders.eval_metrics, folders.worker_log):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""Which run is done next: the oldest that waits, as soon as there is a place."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from opd_daemon.runs.attempt import Attempt, RunServices
+from opd_daemon.runs.states import LIVE, moved
+from opd_daemon.types import Run, RunState
+
+logger = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Starts attempts at PENDING runs, `max_concurrent_runs` at a time."""
+
+    def __init__(self, services: RunServices, max_concurrent_runs: int) -> None:
+        self._services = services
+        self._max_concurrent_runs = max_concurrent_runs
+        self._attempts: dict[str, tuple[Attempt, asyncio.Task[None]]] = {}
+        self._woken = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin."""
+        self._task = asyncio.create_task(self._schedule())
+
+    def wake(self) -> None:
+        """Look again: a run waits, or a place is free."""
+        self._woken.set()
+
+    def attempt(self, run_id: str) -> Attempt | None:
+        """The attempt at a run that is going on, if any; it lasts until the worker process is gone."""
+        return self._attempts[run_id][0] if run_id in self._attempts else None
+
+    async def wait(self, run_id: str) -> None:
+        """Wait until no attempt at this run is going on."""
+        if run_id in self._attempts:
+            await asyncio.wait({self._attempts[run_id][1]})
+
+    async def close(self, grace: float) -> None:
+        """Start nothing more, and let what is going on come to rest."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+        await asyncio.gather(*(self._shut_down(*entry, grace) for entry in self._attempts.values()))
+
+    async def _shut_down(self, attempt: Attempt, task: asyncio.Task[None], grace: float) -> None:
+        attempt.shut_down(grace)
+        await self._services.ledger.change(
+            attempt.run_id,
+            lambda run: (
+                moved(run, RunState.STOPPING, message="the daemon stops")
+                if run.state in LIVE and run.state is not RunState.STOPPING
+                else None
+            ),
+        )
+        await asyncio.wait({task})
+
+    async def _schedule(self) -> None:
+        while True:
+            self._woken.clear()
+            await self._start_pending()
+            await self._woken.wait()
+
+    async def _start_pending(self) -> None:
+        pending = await self._services.events.read(
+            lambda store: store.list_runs({RunState.PENDING}, limit=-1, oldest_first=True)
+        )
+        for stored in pending:
+            if len(self._attempts) >= self._max_concurrent_runs:
+                return
+            if stored.run.run_id in self._attempts:
+                continue
+            teachers = {attempt.config.teacher_model_path for attempt, _ in self._attempts.values()}
+            # One teacher is resident: a run with another one waits until the runs before it are done.
+            if teachers - {stored.run.config["teacher_model_path"]}:
+                return
+            self._begin(stored.run)
+
+    def _begin(self, run: Run) -> None:
+        attempt = Attempt(run, self._services)
+        task = asyncio.create_task(attempt.carry_out(), name=f"run {run.run_id}")
+        self._attempts[run.run_id] = (attempt, task)
+        task.add_done_callback(lambda done: self._ended(run.run_id, done))
+
+    def _ended(self, run_id: str, task: asyncio.Task[None]) -> None:
+        del self._attempts[run_id]
+        self.wake()
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("run %s was left as it is: %s", run_id, task.exception())

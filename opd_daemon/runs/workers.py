@@ -1,0 +1,156 @@
+"""Worker processes: starting them, knowing them by their token, and seeing them off."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from opd_daemon.errors import Reason
+from opd_daemon.home import Home
+from opd_daemon.runs.worker_log import WorkerLog
+from opd_daemon.store import WorkerRecord
+from opd_daemon.types import RunState
+
+COMMAND = (sys.executable, "-m", "opd_daemon.runs.worker_main")
+TRIM_SECONDS = 0.25
+TERM_SECONDS = 5.0
+# psutil rounds creation times differently from boot to boot, by clock ticks.
+SAME_START_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """What the end of a process that reported no outcome means for its run."""
+
+    state: RunState
+    reason: Reason
+    message: str
+
+
+class WorkerProcess:
+    """A running worker. Its standard input stays open as long as the daemon lives: its end tells the worker."""
+
+    def __init__(self, run_id: str, token: str, process: asyncio.subprocess.Process, log: WorkerLog) -> None:
+        self.run_id = run_id
+        self.token = token
+        self.pid = process.pid
+        self.log = log
+        self._process = process
+        self._ended = asyncio.create_task(process.wait())
+
+    def record(self) -> WorkerRecord:
+        """How to recognise this process later, even from another daemon process."""
+        try:
+            started = psutil.Process(self.pid).create_time()
+        except psutil.NoSuchProcess:
+            started = 0.0
+        return WorkerRecord(self.run_id, self.pid, started)
+
+    async def wait(self) -> int:
+        """Wait for the end, keeping the log small meanwhile; the exit code, negative for a signal."""
+        while not self._ended.done():
+            await asyncio.wait({self._ended}, timeout=TRIM_SECONDS)
+            self.log.trim()
+        # What the worker itself started must not outlive it.
+        signal_group(self.pid, signal.SIGKILL)
+        if self._process.stdin:
+            self._process.stdin.close()
+        return self._ended.result()
+
+    async def terminate(self) -> None:
+        """SIGTERM, and SIGKILL some seconds later, to the worker and all it started; nothing if it has ended."""
+        if self._ended.done():
+            return
+        signal_group(self.pid, signal.SIGTERM)
+        await asyncio.wait({self._ended}, timeout=TERM_SECONDS)
+        if not self._ended.done():
+            signal_group(self.pid, signal.SIGKILL)
+            await asyncio.wait({self._ended})
+
+
+class Workers:
+    """Starts workers. `address` is where they reach the daemon; it is set once the daemon listens."""
+
+    def __init__(self, home: Home, *, address: str = "", command: Sequence[str] = COMMAND) -> None:
+        self.address = address
+        self._home = home
+        self._command = tuple(command)
+        self._run_of_token: dict[str, str] = {}
+
+    async def start(self, run_id: str) -> WorkerProcess:
+        """Start the worker of a run.
+
+        Raises:
+            OSError: the process can't be started or its log can't be written.
+        """
+        token = secrets.token_urlsafe(32)
+        log = WorkerLog(self._home.run(run_id).worker_log)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                "--run",
+                run_id,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=log.fileno(),
+                stderr=log.fileno(),
+                env=self._environment(token),
+                start_new_session=True,
+            )
+        except OSError:
+            log.close()
+            raise
+        self._run_of_token[token] = run_id
+        return WorkerProcess(run_id, token, process, log)
+
+    def discharge(self, worker: WorkerProcess) -> None:
+        """The worker has ended: its token opens nothing any more."""
+        self._run_of_token.pop(worker.token, None)
+        worker.log.close()
+
+    def run_for_token(self, token: str) -> str | None:
+        """The run whose live worker holds this token; None when there is none."""
+        return self._run_of_token.get(token)
+
+    def _environment(self, token: str) -> dict[str, str]:
+        own = {"OPD_ADDRESS": self.address, "OPD_WORKER_TOKEN": token, "OPD_HOME": str(self._home.root)}
+        return {**os.environ, **own}
+
+
+def meaning_of_exit(code: int, last_line: str) -> Exit:
+    """What it means that a worker ended with `code` without having reported an outcome."""
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        guess = " (out of memory?)" if -code == signal.SIGKILL else ""
+        message = f"the worker was killed by {name}{guess}; resume goes on from the last checkpoint"
+        return Exit(RunState.INTERRUPTED, Reason.WORKER_DIED, message)
+    said = f": {last_line}" if last_line else " and printed nothing"
+    return Exit(RunState.FAILED, Reason.WORKER_DIED, f"the worker ended with exit code {code}{said}")
+
+
+def end_orphan(worker: WorkerRecord) -> None:
+    """End a worker that outlived its daemon, if that process is still the one that was started; blocks."""
+    try:
+        process = psutil.Process(worker.pid)
+        same_start = abs(process.create_time() - worker.started) <= SAME_START_SECONDS
+        if not same_start or worker.run_id not in process.cmdline():
+            return
+        signal_group(worker.pid, signal.SIGTERM)
+        process.wait(TERM_SECONDS)
+    except psutil.TimeoutExpired:
+        signal_group(worker.pid, signal.SIGKILL)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return
+
+
+def signal_group(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a worker and everything in its session."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
