@@ -1,0 +1,154 @@
+"""The daemon's parts, put together once and taken apart in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from opd_daemon.distill.planning import estimate
+from opd_daemon.distill.preflight import check_run
+from opd_daemon.errors import OpdError
+from opd_daemon.events import EventLog
+from opd_daemon.home import Home
+from opd_daemon.plugins import PluginRegistry
+from opd_daemon.runs.attempt import Preflight, Teaching
+from opd_daemon.runs.manager import RunManager
+from opd_daemon.runs.states import LIVE
+from opd_daemon.runs.workers import Workers
+from opd_daemon.store import Store
+from opd_daemon.teacher.service import TeacherService
+from opd_daemon.types import Event, EventKind, Run, TeacherState
+
+log = logging.getLogger(__name__)
+
+PLUGIN_SECONDS = 5.0
+ALL_RUNS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one daemon may take: bytes of teacher cache on disk, runs at a time, seconds to stop one."""
+
+    cache_bytes: int
+    concurrent_runs: int
+    stop_grace_seconds: float
+
+
+class ResidentTeacher:
+    """The teacher together with the log: whoever changes it, everybody hears of it."""
+
+    def __init__(self, service: TeacherService, events: EventLog) -> None:
+        self.service = service
+        self._events = events
+        self._announced: tuple[TeacherState, str] | None = None
+
+    def path(self) -> str:
+        """The loaded teacher's folder; empty when there is none."""
+        return self.service.info.path if self.service.info else ""
+
+    async def ensure(self, path: str) -> None:
+        """Load the teacher at `path` unless it is the present one. Raises what a load raises."""
+        if self.path() == path:
+            return
+        try:
+            async for _ in self.service.load(path):
+                pass
+        finally:
+            await self.announce()
+
+    async def announce(self, message: str = "") -> None:
+        """Record the teacher's state as an event, if it has changed."""
+        info, failure = self.service.info, self.service.failure
+        now = (self.service.state, info.digest if info else "")
+        if now == self._announced:
+            return
+        self._announced = now
+        payload = {
+            "state": str(now[0]),
+            "digest": now[1],
+            "name": info.name if info else "",
+            "message": message or (failure.message if failure else ""),
+        }
+        await self._events.append(None, [Event(EventKind.TEACHER, "", payload, datetime.now(UTC))])
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """Everything the services stand on."""
+
+    home: Home
+    events: EventLog
+    plugins: PluginRegistry
+    teacher: ResidentTeacher
+    workers: Workers
+    runs: RunManager
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(cls, home: Home, limits: Limits) -> AsyncIterator[Daemon]:
+        """Open store, plugins and cache and start the teacher's thread; close all of it again at the end.
+
+        Raises:
+            OpdError: the store is damaged or of a newer version.
+        """
+        events = EventLog(await asyncio.to_thread(Store, home.database))
+        plugins = await asyncio.to_thread(PluginRegistry.discover)
+        for failed in plugins.failed:
+            log.warning("plugin %s is not in use: %s", failed.name, failed.error)
+        service = TeacherService(home.teacher_cache, home.digest_memo, cache_limit_bytes=limits.cache_bytes)
+        await service.start()
+        teacher = ResidentTeacher(service, events)
+        workers = Workers(home)
+        runs = RunManager(
+            home=home,
+            events=events,
+            plugins=plugins,
+            workers=workers,
+            preflight=Preflight(check_run, estimate),
+            teaching=Teaching(teacher.path, teacher.ensure),
+            max_concurrent_runs=limits.concurrent_runs,
+            stop_grace=limits.stop_grace_seconds,
+        )
+        try:
+            yield cls(home, events, plugins, teacher, workers, runs)
+        finally:
+            await service.close()
+            await events.aclose()
+
+    async def begin(self, address: str) -> None:
+        """Take up earlier runs; from here on workers start and reach the daemon at `address`."""
+        self.workers.address = address
+        await self.runs.recover()
+
+    async def end(self, grace: float) -> None:
+        """Let workers write their checkpoints, then end the watches and say goodbye to the plugins."""
+        await self.runs.close(grace)
+        self.events.close("the daemon stops; resume this watch when it is back")
+        await asyncio.to_thread(self.plugins.daemon_stopping, PLUGIN_SECONDS)
+
+    async def preload(self, teacher_path: str) -> None:
+        """Load a teacher at start; a failure is logged and the daemon serves on."""
+        try:
+            await self.teacher.ensure(teacher_path)
+        except OpdError as error:
+            log.error("the teacher was not loaded: %s", error)  # noqa: TRY400 - the message says it all
+
+    async def teacher_users(self) -> list[str]:
+        """Runs that need the present teacher."""
+        runs, _ = await self.runs.list(page_size=ALL_RUNS, states=LIVE)
+        path = self.teacher.path()
+        return [run.run_id for run in runs if run.config["teacher_model_path"] == path]
+
+    async def all_runs(self) -> list[Run]:
+        """Every run there is."""
+        runs: list[Run] = []
+        token = ""
+        while True:
+            page, token = await self.runs.list(page_size=ALL_RUNS, page_token=token)
+            runs += page
+            if not token:
+                return runs

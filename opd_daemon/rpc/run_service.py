@@ -1,0 +1,173 @@
+"""RunService: runs and the watch on their events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+
+from opd_daemon.config import PRESETS
+from opd_daemon.errors import OpdError, Reason, invalid
+from opd_daemon.events import Bookmark, EventBatch, EventLog, GaugeReadings, WatchItem, WatchStarted
+from opd_daemon.rpc.access import caller
+from opd_daemon.rpc.interceptor import Context
+from opd_daemon.runs.manager import RunManager
+from opd_daemon.types import Checkpoint
+from opd_daemon.v1 import run_pb2 as pb
+from opd_daemon.v1 import run_pb2_grpc as rpc
+from opd_daemon.wire import runs as wire
+from opd_daemon.wire.events import (
+    evaluation_to_proto,
+    event_to_proto,
+    gauges_to_proto,
+    metrics_to_proto,
+    state_from_proto,
+)
+
+CHUNK_BYTES = 1 << 20
+MAX_RUNS_PAGE, DEFAULT_RUNS_PAGE = 500, 50
+MAX_METRICS_PAGE, DEFAULT_METRICS_PAGE = 5000, 1000
+MAX_REQUEST_ID = 64
+
+
+class RunServicer(rpc.RunServiceServicer):
+    """Thin layer over `runs.manager.RunManager` and `events.EventLog`."""
+
+    def __init__(self, runs: RunManager, events: EventLog) -> None:
+        self._runs = runs
+        self._events = events
+
+    async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.CreateRunResponse:
+        if len(request.request_id) > MAX_REQUEST_ID:
+            raise invalid("request_id", f"{len(request.request_id)} characters long; use at most {MAX_REQUEST_ID}")
+        values = {**_preset(request.preset), **wire.config_from_proto(request.config)}
+        revision = await self._events.revision()
+        run = await self._runs.create(values, request_id=request.request_id, validate_only=request.validate_only)
+        return pb.CreateRunResponse(run=wire.run_to_proto(run), revision=revision)
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
+        caller.get().require_run(request.run_id)
+        revision = await self._events.revision()
+        return pb.GetRunResponse(run=wire.run_to_proto(await self._runs.get(request.run_id)), revision=revision)
+
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
+        revision = await self._events.revision()
+        size = _page_size(request.page_size, DEFAULT_RUNS_PAGE, MAX_RUNS_PAGE)
+        states = frozenset(state for value in request.states if (state := state_from_proto(value)) is not None)
+        runs, token = await self._runs.list(page_size=size, page_token=request.page_token, states=states)
+        messages = [wire.run_to_proto(run) for run in runs]
+        return pb.ListRunsResponse(runs=messages, next_page_token=token, revision=revision)
+
+    async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
+        return pb.StopRunResponse(run=wire.run_to_proto(await self._runs.stop(request.run_id)))
+
+    async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
+        run, from_step = await self._runs.resume(request.run_id)
+        return pb.ResumeRunResponse(run=wire.run_to_proto(run), from_step=from_step)
+
+    async def DeleteRun(self, request: pb.DeleteRunRequest, context: Context) -> pb.DeleteRunResponse:
+        await self._runs.delete(request.run_id)
+        return pb.DeleteRunResponse()
+
+    async def ListMetrics(self, request: pb.ListMetricsRequest, context: Context) -> pb.ListMetricsResponse:
+        if request.stride < 0:
+            raise invalid("stride", f"{request.stride} is negative; use 0 or 1 for every step")
+        size = _page_size(request.page_size, DEFAULT_METRICS_PAGE, MAX_METRICS_PAGE)
+        after_step = _step_of(request.page_token)
+        steps, more = await self._runs.metrics(
+            request.run_id, after_step=after_step, limit=size, stride=max(1, request.stride)
+        )
+        response = pb.ListMetricsResponse(steps=[metrics_to_proto(row) for row in steps])
+        if more:
+            response.next_page_token = str(steps[-1]["step"])
+        if not request.page_token:
+            evaluations = await self._runs.evaluations(request.run_id)
+            response.evaluations.extend(evaluation_to_proto(row) for row in evaluations)
+        best = [entry for entry in await self._runs.checkpoints(request.run_id) if entry.is_best]
+        if best:
+            response.best_checkpoint.CopyFrom(wire.checkpoint_to_proto(best[-1]))
+        return response
+
+    async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Context) -> pb.ListCheckpointsResponse:
+        checkpoints = await self._runs.checkpoints(request.run_id)
+        return pb.ListCheckpointsResponse(checkpoints=[wire.checkpoint_to_proto(entry) for entry in checkpoints])
+
+    async def DownloadAdapter(
+        self, request: pb.DownloadAdapterRequest, context: Context
+    ) -> AsyncIterator[pb.DownloadAdapterResponse]:
+        folder = _chosen(await self._runs.checkpoints(request.run_id), request)
+        for name in ("adapter_config.json", "adapters.safetensors"):
+            data = await asyncio.to_thread((folder / name).read_bytes)
+            for offset in range(0, len(data), CHUNK_BYTES):
+                piece = data[offset : offset + CHUNK_BYTES]
+                yield pb.DownloadAdapterResponse(file_name=name, file_bytes=len(data), offset=offset, data=piece)
+
+    async def WatchEvents(
+        self, request: pb.WatchEventsRequest, context: Context
+    ) -> AsyncIterator[pb.WatchEventsResponse]:
+        if caller.get().run_id:
+            caller.get().require_run(request.run_id)
+        if request.run_id:
+            await self._runs.get(request.run_id)
+        after = request.after_revision if request.HasField("after_revision") else None
+        items = self._events.watch(
+            after_revision=after, run_id=request.run_id or None, expected_store_id=request.expected_store_id
+        )
+        async with aclosing(items):
+            async for item in items:
+                yield _watch_response(item)
+
+    async def CompareModels(
+        self, request: pb.CompareModelsRequest, context: Context
+    ) -> AsyncIterator[pb.CompareModelsResponse]:
+        raise OpdError(Reason.NOT_IMPLEMENTED, "comparing models is not available in this version")
+        yield  # an async generator, as its signature promises
+
+
+def _preset(name: str) -> dict[str, object]:
+    if name and name not in PRESETS:
+        known = ", ".join(sorted(PRESETS))
+        raise invalid("preset", f"{name!r} is no preset; there are {known}", Reason.INVALID_RUN_CONFIG)
+    return dict(PRESETS[name]) if name else {}
+
+
+def _page_size(asked: int, default: int, limit: int) -> int:
+    if asked < 0:
+        raise invalid("page_size", f"{asked} is negative; use 0 for the default of {default}")
+    return min(asked or default, limit)
+
+
+def _step_of(page_token: str) -> int:
+    if page_token and not page_token.isdecimal():
+        raise invalid("page_token", "not a token this daemon gave out", Reason.INVALID_PAGE_TOKEN)
+    return int(page_token or -1)
+
+
+def _chosen(checkpoints: list[Checkpoint], request: pb.DownloadAdapterRequest) -> Path:
+    best = [entry for entry in checkpoints if entry.is_best]
+    final = [entry for entry in checkpoints if entry.is_final]
+    candidates = {
+        pb.ADAPTER_CHOICE_BEST: best,
+        pb.ADAPTER_CHOICE_FINAL: final,
+    }.get(request.choice, best or final or checkpoints)
+    if not candidates:
+        message = f"run {request.run_id!r} has no such adapter yet; 'opd status' shows its checkpoints"
+        raise OpdError(Reason.CHECKPOINT_NOT_FOUND, message, run_id=request.run_id)
+    return Path(candidates[-1].path)
+
+
+def _watch_response(item: WatchItem) -> pb.WatchEventsResponse:
+    match item:
+        case WatchStarted():
+            started = pb.WatchStarted(
+                store_id=item.store_id, revision=item.revision, oldest_revision=item.oldest_revision
+            )
+            return pb.WatchEventsResponse(started=started)
+        case EventBatch():
+            events = [event_to_proto(event) for event in item.events]
+            return pb.WatchEventsResponse(events=pb.EventBatch(events=events, revision=item.revision))
+        case Bookmark():
+            return pb.WatchEventsResponse(bookmark=pb.Bookmark(revision=item.revision))
+        case GaugeReadings():
+            return pb.WatchEventsResponse(gauges=gauges_to_proto(item.gauges))

@@ -1,0 +1,236 @@
+"""`opd serve`: one process, one asyncio loop, from the lock to the last fsync."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+import opd_daemon
+from opd_daemon.errors import OpdError, Reason
+from opd_daemon.home import Home
+from opd_daemon.rpc.access import Gate
+from opd_daemon.rpc.assembly import Daemon, Limits
+from opd_daemon.rpc.catalog_service import CatalogServicer
+from opd_daemon.rpc.interceptor import Border
+from opd_daemon.rpc.run_service import RunServicer
+from opd_daemon.rpc.teacher_service import TeacherServicer
+from opd_daemon.rpc.worker_service import WorkerServicer
+from opd_daemon.v1 import (
+    catalog_pb2,
+    catalog_pb2_grpc,
+    run_pb2,
+    run_pb2_grpc,
+    teacher_pb2,
+    teacher_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_REQUEST_BYTES = 64 << 20
+# macOS allows 104 bytes including the final zero; Linux 108.
+MAX_SOCKET_PATH = 103
+RPC_GRACE_SECONDS = 2.0
+
+OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", -1),
+    # Two daemons must never share a port in silence.
+    ("grpc.so_reuseport", 0),
+    # Whatever keepalive a client is set to, it is not thrown out for it.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """How one daemon is run. `port` 0 takes any free loopback port, None serves the unix socket only."""
+
+    home: Home = field(default_factory=Home.default)
+    port: int | None = 0
+    until_stdin_closes: bool = False
+    cache_limit_bytes: int = 20 << 30
+    teacher_path: str | None = None
+    max_concurrent_runs: int = 1
+    stop_grace_seconds: float = 60.0
+    log_level: str = "info"
+
+
+def serve(settings: ServeSettings) -> int:
+    """Run the daemon until it is asked to stop; the exit code.
+
+    Raises:
+        OpdError: DAEMON_ALREADY_RUNNING, or INVALID_REQUEST when the home can't be written or the port can't be bound.
+    """
+    _start_logging(settings)
+    with _only_daemon(settings.home):
+        asyncio.run(_serve(settings))
+    return 0
+
+
+async def _serve(settings: ServeSettings) -> None:
+    stop = asyncio.Event()
+    _watch_for_stop(stop, settings.until_stdin_closes)
+    token = secrets.token_urlsafe(32)
+    limits = Limits(settings.cache_limit_bytes, settings.max_concurrent_runs, settings.stop_grace_seconds)
+    async with Daemon.open(settings.home, limits) as daemon:
+        server = grpc.aio.server(options=OPTIONS, interceptors=[Border(Gate(token, daemon.runs.run_for_token))])
+        serving = _add_services(server, daemon)
+        async with _listening(server, settings, token, daemon.events.store_id) as address:
+            await daemon.begin(address)
+            await serving.set("", health_pb2.HealthCheckResponse.SERVING)
+            sys.stdout.write(f"opd {opd_daemon.__version__} serves {settings.home.root} at {address}\n")
+            sys.stdout.flush()
+            preload = asyncio.create_task(daemon.preload(settings.teacher_path)) if settings.teacher_path else None
+            await stop.wait()
+            log.info("stopping")
+            if preload:
+                preload.cancel()
+            await serving.enter_graceful_shutdown()
+            await daemon.end(settings.stop_grace_seconds)
+            await server.stop(RPC_GRACE_SECONDS)
+
+
+def _add_services(server: grpc.aio.Server, daemon: Daemon) -> health.aio.HealthServicer:
+    teacher = TeacherServicer(daemon.teacher, daemon.teacher_users)
+    teacher_pb2_grpc.add_TeacherServiceServicer_to_server(teacher, server)
+    run_pb2_grpc.add_RunServiceServicer_to_server(RunServicer(daemon.runs, daemon.events), server)
+    catalog = CatalogServicer(daemon.plugins, daemon.home, daemon.all_runs)
+    catalog_pb2_grpc.add_CatalogServiceServicer_to_server(catalog, server)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(daemon.runs, daemon.events), server)
+    serving = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(serving, server)
+    files = (teacher_pb2, run_pb2, catalog_pb2, worker_pb2, health_pb2)
+    names = [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]
+    reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+    return serving
+
+
+@contextlib.asynccontextmanager
+async def _listening(server: grpc.aio.Server, settings: ServeSettings, token: str, store_id: str) -> AsyncIterator[str]:
+    """Bind, start, publish the discovery file; yields the address; takes socket and file away again."""
+    socket = _socket_path(settings.home)
+    socket.unlink(missing_ok=True)
+    port = _bind(server, socket, settings.port)
+    await server.start()
+    socket.chmod(0o600)
+    address = f"unix:{socket}"
+    facts = {
+        "pid": os.getpid(),
+        "address": address,
+        "socket": str(socket),
+        "port": port,
+        "token": token,
+        "store_id": store_id,
+        "version": opd_daemon.__version__,
+    }
+    _publish(settings.home.discovery, facts)
+    try:
+        yield address
+    finally:
+        settings.home.discovery.unlink(missing_ok=True)
+        socket.unlink(missing_ok=True)
+        if socket.parent != settings.home.runtime:
+            socket.parent.rmdir()
+
+
+def _bind(server: grpc.aio.Server, socket: Path, port: int | None) -> int | None:
+    try:
+        server.add_insecure_port(f"unix:{socket}")
+    except RuntimeError:
+        message = f"{socket.parent} takes no unix socket; choose another home with --home or $OPD_HOME"
+        raise OpdError(Reason.INVALID_REQUEST, message) from None
+    if port is None:
+        return None
+    try:
+        return server.add_insecure_port(f"127.0.0.1:{port}")
+    except RuntimeError:
+        message = f"--port {port}: in use on 127.0.0.1; choose another, or 0 for any free one"
+        raise OpdError(Reason.INVALID_REQUEST, message, port=port) from None
+
+
+def _socket_path(home: Home) -> Path:
+    """The home's own socket path, or one in a fresh private folder where that is too long for a socket."""
+    if len(os.fsencode(home.socket)) <= MAX_SOCKET_PATH:
+        return home.socket
+    return Path(tempfile.mkdtemp(prefix="opd-")) / "opd.sock"
+
+
+def _publish(path: Path, facts: dict[str, object]) -> None:
+    """Write the discovery file so that nobody else can ever read it and nobody sees half of it."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(facts, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _only_daemon(home: Home) -> Iterator[None]:
+    """Hold the home's lock, so that there is one daemon per home; socket and store are touched only under it."""
+    try:
+        home.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+        home.runtime.chmod(0o700)
+        lock = home.lock.open("a+")
+    except OSError as error:
+        message = f"{home.root}: can't be written ({error.strerror}); choose another home with --home or $OPD_HOME"
+        raise OpdError(Reason.INVALID_REQUEST, message, home=home.root) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            pid = lock.read().strip() or "unknown"
+            message = f"a daemon already serves {home.root} (pid {pid}); use it, or stop it first with 'kill {pid}'"
+            raise OpdError(Reason.DAEMON_ALREADY_RUNNING, message, pid=pid, home=home.root) from None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _watch_for_stop(stop: asyncio.Event, until_stdin_closes: bool) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop_once, stop)
+    if until_stdin_closes:
+
+        def readable() -> None:
+            if not os.read(sys.stdin.fileno(), 4096):
+                loop.remove_reader(sys.stdin.fileno())
+                stop.set()
+
+        loop.add_reader(sys.stdin.fileno(), readable)
+
+
+def _stop_once(stop: asyncio.Event) -> None:
+    if stop.is_set():
+        log.warning("asked twice to stop: leaving now")
+        os._exit(1)
+    stop.set()
+
+
+def _start_logging(settings: ServeSettings) -> None:
+    layout = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    logging.basicConfig(level=settings.log_level.upper(), format=layout, stream=sys.stderr, force=True)

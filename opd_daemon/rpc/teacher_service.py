@@ -1,0 +1,193 @@
+"""TeacherService: scores, completions and the head, straight from the engine onto the wire."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from opd_daemon.errors import OpdError, Reason, invalid
+from opd_daemon.rpc.access import caller
+from opd_daemon.rpc.assembly import ResidentTeacher
+from opd_daemon.rpc.interceptor import Context
+from opd_daemon.rpc.text import TextStream
+from opd_daemon.types import GeneratedToken, ScoreRequest, TeacherInfo
+from opd_daemon.v1 import teacher_pb2 as pb
+from opd_daemon.v1 import teacher_pb2_grpc as rpc
+from opd_daemon.wire import teacher as wire
+
+
+class TeacherServicer(rpc.TeacherServiceServicer):
+    """Thin layer over `teacher.service.TeacherService`; `users` names the live runs that need the present teacher."""
+
+    def __init__(self, resident: ResidentTeacher, users: Callable[[], Awaitable[list[str]]]) -> None:
+        self._resident = resident
+        self._teacher = resident.service
+        self._users = users
+
+    async def GetTeacher(self, request: pb.GetTeacherRequest, context: Context) -> pb.GetTeacherResponse:
+        return pb.GetTeacherResponse(teacher=self._description())
+
+    async def LoadTeacher(
+        self, request: pb.LoadTeacherRequest, context: Context
+    ) -> AsyncIterator[pb.LoadTeacherResponse]:
+        if not request.model_path:
+            raise invalid("model_path", "empty: name a model folder")
+        if self._resident.path() != request.model_path:
+            await self._require_unused(request.force)
+        try:
+            async with aclosing(self._teacher.load(request.model_path)) as reports:
+                async for progress in reports:
+                    response = wire.progress_to_proto(progress)
+                    if progress.phase == "ready":
+                        response.teacher.CopyFrom(self._description())
+                    yield response
+        finally:
+            await self._resident.announce()
+
+    async def UnloadTeacher(self, request: pb.UnloadTeacherRequest, context: Context) -> pb.UnloadTeacherResponse:
+        await self._require_unused(request.force)
+        await self._teacher.unload()
+        await self._resident.announce("unloaded on request")
+        return pb.UnloadTeacherResponse()
+
+    async def ComputeLogprobs(
+        self, request: pb.ComputeLogprobsRequest, context: Context
+    ) -> AsyncIterator[pb.ComputeLogprobsResponse]:
+        info = self._expected(request.expected_teacher_digest, request.expected_tokenizer_digest)
+        if not request.sequences:
+            raise invalid("sequences", "none given; send at least one sequence")
+        requests = self._score_requests(request)
+        yield pb.ComputeLogprobsResponse(identity=_identity(info))
+        results = self._teacher.score(
+            requests,
+            client=caller.get().run_id or context.peer(),
+            use_cache=not request.skip_cache,
+            deadline=_deadline(context),
+        )
+        async with aclosing(results):
+            async for index, result in results:
+                from_text = request.sequences[index].tokens.WhichOneof("input") != "token_ids"
+                for number, block in enumerate(wire.score_blocks(index, requests[index], result)):
+                    if from_text and number == 0:
+                        block.token_ids = wire.pack(requests[index].token_ids)
+                    yield pb.ComputeLogprobsResponse(block=block)
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        info = self._expected(request.expected_teacher_digest, request.expected_tokenizer_digest)
+        if not request.prompts:
+            raise invalid("prompts", "none given; send at least one prompt")
+        ids = [self._token_ids(entry.tokens, f"prompts[{index}].tokens") for index, entry in enumerate(request.prompts)]
+        requests = [wire.prompt_from_proto(entry, ids[index].tolist()) for index, entry in enumerate(request.prompts)]
+        prompts = [pb.TokenIds(ids=wire.pack(prompt)) for prompt in ids]
+        yield pb.GenerateResponse(identity=_identity(info), prompts=prompts)
+        texts = [TextStream(self._teacher.detokenize, info.eos_token_ids) for _ in requests]
+        tokens = self._teacher.generate(
+            requests, client=caller.get().run_id or context.peer(), use_cache=not request.skip_cache
+        )
+        async with aclosing(tokens):
+            async for index, token in tokens:
+                yield pb.GenerateResponse(block=_block(index, token, texts[index]))
+
+    async def GetHead(self, request: pb.GetHeadRequest, context: Context) -> AsyncIterator[pb.GetHeadResponse]:
+        info = self._expected(request.expected_teacher_digest, "")
+        if not info.supports_hidden:
+            message = f"the head of {info.name} can't be split off: {info.hidden_refusal}; use top_k instead of hidden"
+            raise OpdError(Reason.HIDDEN_NOT_SUPPORTED, message)
+        head = await self._teacher.head()
+        facts = pb.HeadFacts(
+            padded_vocab_size=info.padded_vocab_size,
+            hidden_size=info.hidden_size,
+            group_size=head.group_size,
+            bits=head.bits,
+            mode=head.mode,
+        )
+        yield pb.GetHeadResponse(identity=_identity(info), facts=facts)
+        for piece in wire.head_pieces(head):
+            yield pb.GetHeadResponse(piece=piece)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        info = self._expected("", "")
+        ids = self._token_ids(request.tokens, "tokens")
+        text = self._teacher.detokenize([int(token) for token in ids])
+        return pb.TokenizeResponse(token_ids=pb.TokenIds(ids=wire.pack(ids)), text=text, identity=_identity(info))
+
+    async def GetCacheStats(self, request: pb.GetCacheStatsRequest, context: Context) -> pb.GetCacheStatsResponse:
+        return pb.GetCacheStatsResponse(stats=wire.cache_stats_to_proto(self._teacher.cache_stats()))
+
+    async def PruneCache(self, request: pb.PruneCacheRequest, context: Context) -> pb.PruneCacheResponse:
+        limit = request.max_bytes if request.HasField("max_bytes") else None
+        if limit is not None and limit < 0:
+            raise invalid("max_bytes", f"{limit} is negative; use 0 to empty the cache")
+        return pb.PruneCacheResponse(stats=wire.cache_stats_to_proto(await self._teacher.prune_cache(limit)))
+
+    def _description(self) -> pb.Teacher:
+        failure = self._teacher.failure
+        return wire.teacher_to_proto(self._teacher.state, self._teacher.info, str(failure) if failure else "")
+
+    async def _require_unused(self, force: bool) -> None:
+        users = await self._users()
+        if users and not force:
+            message = f"the teacher is in use by run {users[0]}; stop it first, or force"
+            raise OpdError(Reason.TEACHER_IN_USE, message, run_id=users[0])
+
+    def _expected(self, teacher_digest: str, tokenizer_digest: str) -> TeacherInfo:
+        """The loaded teacher, provided it is the one the caller means."""
+        info = self._teacher.info
+        if info is None:
+            raise OpdError(Reason.TEACHER_NOT_LOADED, "no teacher is loaded; load one with LoadTeacher")
+        if tokenizer_digest and tokenizer_digest != info.tokenizer_digest:
+            message = f"the tokenizer is {info.tokenizer_digest[:12]}, not the expected {tokenizer_digest[:12]}"
+            raise OpdError(Reason.TOKENIZER_MISMATCH, message, digest=info.tokenizer_digest)
+        if teacher_digest and teacher_digest != info.digest:
+            message = f"the teacher is {info.digest[:12]}, not the expected {teacher_digest[:12]}"
+            raise OpdError(Reason.TEACHER_CHANGED, message, digest=info.digest)
+        return info
+
+    def _score_requests(self, request: pb.ComputeLogprobsRequest) -> list[ScoreRequest]:
+        wants = wire.outputs_from_proto(request.outputs)
+        masked = tuple(request.masked_token_ids)
+        return [
+            ScoreRequest(
+                token_ids=self._token_ids(entry.tokens, f"sequences[{index}].tokens"),
+                score_from=entry.score_from or 1,
+                wants=wants,
+                candidate_ids=wire.candidates_from_proto(entry, f"sequences[{index}]"),
+                masked_token_ids=masked,
+            )
+            for index, entry in enumerate(request.sequences)
+        ]
+
+    def _token_ids(self, tokens: pb.TokenInput, name: str) -> npt.NDArray[np.int32]:
+        match tokens.WhichOneof("input"):
+            case "token_ids":
+                return wire.unpack(tokens.token_ids.ids, f"{name}.token_ids")
+            case "text":
+                return np.asarray(self._teacher.tokenize(tokens.text), dtype=np.int32)
+            case "chat":
+                return np.asarray(self._chat(tokens.chat, f"{name}.chat"), dtype=np.int32)
+            case _:
+                raise invalid(name, "empty: give token_ids, text or chat")
+
+    def _chat(self, chat: pb.Chat, name: str) -> Sequence[int]:
+        if not chat.messages:
+            raise invalid(f"{name}.messages", "none given; a chat has at least one message")
+        messages: list[dict[str, Any]] = [{"role": entry.role, "content": entry.content} for entry in chat.messages]
+        return self._teacher.render_chat(messages, chat.add_generation_prompt)
+
+
+def _deadline(context: Context) -> float | None:
+    remaining: float | None = context.time_remaining()  # None without a deadline, whatever the stubs say
+    return None if remaining is None else time.monotonic() + remaining
+
+
+def _identity(info: TeacherInfo) -> pb.TeacherIdentity:
+    return pb.TeacherIdentity(teacher_digest=info.digest, tokenizer_digest=info.tokenizer_digest)
+
+
+def _block(index: int, token: GeneratedToken, text: TextStream) -> pb.GeneratedBlock:
+    return wire.generated_block(index, [token], text.add(token.token_id, last=bool(token.finish_reason)))
