@@ -1,0 +1,378 @@
+"""Whole tiny trainings with a real teacher and student in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from opd_trainers import opd_trainers
+from safetensors.numpy import load_file
+
+from opd_daemon.config import RunConfig, parse_config
+from opd_daemon.distill import session
+from opd_daemon.distill.checkpoints import latest, read_progress
+from opd_daemon.distill.session import run_trainer
+from opd_daemon.errors import OpdError, Reason
+from opd_daemon.home import Home, RunFolders
+from opd_daemon.trainer import TrainContext, Trainer, TrainerInfo
+from opd_daemon.types import EventKind, ScoreRequest
+from tests.distill.local_teacher import LocalTeacher
+from tests.tiny import write_tiny_qwen2
+
+TRAINERS = {info.name: info for info in opd_trainers()}
+BOTH = pytest.mark.parametrize("trainer", ["on_policy", "offline"])
+
+
+@dataclass
+class Listener:
+    """Keeps what a run reports."""
+
+    events: list[tuple[EventKind, dict[str, Any]]] = field(default_factory=list)
+    gauged: list[dict[str, float]] = field(default_factory=list)
+    training: bool = False
+
+    def started(self) -> None:
+        self.training = True
+
+    def event(self, kind: EventKind, payload: dict[str, Any]) -> None:
+        json.dumps(payload, allow_nan=False)
+        self.events.append((kind, payload))
+
+    def gauges(self, values: dict[str, float]) -> None:
+        self.gauged.append(values)
+
+    def of(self, kind: EventKind) -> list[dict[str, Any]]:
+        return [payload for other, payload in self.events if other == kind]
+
+
+@dataclass
+class Bench:
+    """A home, a teacher and a configuration to run trainers with."""
+
+    folders: RunFolders
+    teacher: LocalTeacher
+    settings: dict[str, Any]
+
+    def config(self, **changes: Any) -> RunConfig:
+        return parse_config({**self.settings, **changes})
+
+    def run(
+        self,
+        *,
+        info: TrainerInfo | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        resume_from: Path | None = None,
+        **changes: Any,
+    ) -> tuple[bool, Listener]:
+        config, listener = self.config(**changes), Listener()
+        complete = run_trainer(
+            run_id="run",
+            config=config,
+            trainer=info or TRAINERS[config.trainer],
+            folders=self.folders,
+            teacher=self.teacher,
+            reporter=listener,
+            should_stop=should_stop,
+            resume_from=resume_from,
+        )
+        return complete, listener
+
+
+@pytest.fixture
+def bench(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> Bench:
+    rows = tmp_path / "rows.jsonl"
+    answer = "The tide comes in twice a day."
+    lines = [{"prompt": f"Tell me about {i}", "completion": answer} for i in range(12)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = {
+        "base_model_path": str(tiny_student),
+        "teacher_model_path": str(tiny_teacher),
+        "prompts_path": str(rows),
+        "num_steps": 8,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 2e-2,
+        "warmup_steps": 1,
+        "temperature": 1.0,
+        "max_generation_tokens": 8,
+        "eval_every": 4,
+        "checkpoint_every": 3,
+        "lora": {"rank": 4},
+    }
+    return Bench(Home(tmp_path / "home").run("run"), LocalTeacher(tiny_teacher), settings)
+
+
+@BOTH
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+def test_kl_falls_and_agreement_rises(bench: Bench, trainer: str, divergence: str) -> None:
+    complete, listener = bench.run(trainer=trainer, divergence=divergence)
+    assert complete
+    first, *_, last = listener.of(EventKind.EVALUATION)
+    assert (first["step"], last["step"]) == (0, 8)
+    assert last[divergence] < 0.75 * first[divergence]
+    assert last["top5_agreement"] > first["top5_agreement"]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("support", ["student", "teacher"])
+def test_either_support_at_any_temperature_trains(bench: Bench, support: str, temperature: float) -> None:
+    _, listener = bench.run(support=support, temperature=temperature)
+    steps = listener.of(EventKind.METRICS)
+    assert steps[-1]["kl_mean"] < steps[0]["kl_mean"]
+    assert steps[0]["kl_loss"] == pytest.approx(steps[0]["kl_mean"] * temperature**2)
+
+
+def test_student_support_asks_the_teacher_about_the_students_own_ids(bench: Bench) -> None:
+    asked: list[ScoreRequest] = []
+    score = bench.teacher.score
+
+    def listen(requests: list[ScoreRequest]) -> Any:
+        asked.extend(requests)
+        return score(requests)
+
+    bench.teacher.score = listen  # type: ignore[method-assign]
+    bench.run(num_steps=1, top_k=16)
+    scored = [request for request in asked if not request.wants.hidden]
+    assert all(request.candidate_ids is not None and request.candidate_ids.shape[1] == 16 for request in scored)
+    assert {request.wants.top_k for request in scored} == {1}
+
+
+def test_offline_can_learn_the_datas_own_completions(bench: Bench) -> None:
+    _, listener = bench.run(trainer="offline", use_teacher_targets=False, max_generation_tokens=16)
+    rows = [json.loads(line) for line in bench.folders.rollouts.read_text().splitlines()]
+    assert {row["source"] for row in rows} == {"data"}
+    assert rows[0]["completion"].startswith("The tide comes")
+    steps = listener.of(EventKind.METRICS)
+    assert steps[-1]["ce_loss"] < steps[0]["ce_loss"]
+
+
+def test_the_second_epoch_comes_from_the_cache_offline(bench: Bench) -> None:
+    _, listener = bench.run(trainer="offline", num_steps=6)
+    hits = [payload["cache_hits"] for payload in listener.of(EventKind.METRICS)]
+    assert hits[0] == 0
+    assert hits[-1] == 4
+
+
+@BOTH
+def test_the_final_adapter_loads_in_mlx_lm_and_changes_its_output(bench: Bench, trainer: str, tmp_path: Path) -> None:
+    output = tmp_path / "adapter"
+    before = Path(bench.settings["base_model_path"], "model.safetensors").read_bytes()
+    bench.run(trainer=trainer, output_adapter_path=str(output))
+    tokens = mx.array([[5, 6, 7]])
+    plain, _ = mlx_lm.load(bench.settings["base_model_path"])
+    for folder in (output, bench.folders.checkpoints / "final", bench.folders.checkpoints / "best"):
+        adapted, _ = mlx_lm.load(bench.settings["base_model_path"], adapter_path=str(folder))
+        assert float(mx.abs(adapted(tokens) - plain(tokens)).max()) > 0.1
+    assert Path(bench.settings["base_model_path"], "model.safetensors").read_bytes() == before
+
+
+def test_events_and_files_tell_the_same_story(bench: Bench) -> None:
+    _, listener = bench.run()
+    steps = [json.loads(line) for line in bench.folders.train_metrics.read_text().splitlines()]
+    evaluations = [json.loads(line) for line in bench.folders.eval_metrics.read_text().splitlines()]
+    assert steps == listener.of(EventKind.METRICS)
+    assert evaluations == listener.of(EventKind.EVALUATION)
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert [row["step"] for row in evaluations] == [0, 4, 8]
+    assert listener.of(EventKind.SAMPLE)[0]["source"] == "student"
+    saved = [(row["step"], Path(row["path"]).name) for row in listener.of(EventKind.CHECKPOINT)]
+    assert saved[0] == (1, "step_000001")
+    assert {(3, "step_000003"), (6, "step_000006"), (8, "final")} <= set(saved)
+    best = min(evaluations[1:], key=lambda row: row["reverse_kl"])
+    assert [row["step"] for row in evaluations if row["is_best"]][-1] == best["step"]
+    assert all(row["path"].endswith("best") for row in listener.of(EventKind.CHECKPOINT) if row["is_best"])
+
+
+def test_metrics_of_a_step_are_sound(bench: Bench) -> None:
+    _, listener = bench.run()
+    for row in listener.of(EventKind.METRICS):
+        assert row["samples"] == 4
+        assert row["tokens"] == pytest.approx(row["completion_length"] * 4)
+        assert row["cache_hits"] + row["cache_misses"] == 4
+        assert row["kl_min"] <= row["kl_mean"] <= row["kl_max"]
+        assert 0 <= row["agreement"] <= row["top5_agreement"] <= 1
+        assert row["loss"] == pytest.approx(0.8 * row["kl_loss"] + 0.2 * row["ce_loss"], rel=1e-4)
+        assert row["reverse_kl"] == pytest.approx(row["kl_mean"], rel=1e-4)
+        assert row["rollout_milliseconds"] > 0
+        assert row["peak_memory_bytes"] >= row["active_memory_bytes"] > 0
+    assert listener.of(EventKind.METRICS)[-1]["seconds_remaining"] == 0
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    return load_file(folder / "adapters.safetensors")
+
+
+@BOTH
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_resumed_is_the_same_as_uninterrupted(bench: Bench, trainer: str, dropout: float, tmp_path: Path) -> None:
+    lora = {"rank": 4, "dropout": dropout}
+    bench.run(trainer=trainer, lora=lora)
+    expected = weights(bench.folders.checkpoints / "final")
+    expected_rows = [json.loads(line)["loss"] for line in bench.folders.train_metrics.read_text().splitlines()]
+
+    again = Bench(Home(tmp_path / "again").run("run"), LocalTeacher(Path(bench.teacher.info.path)), bench.settings)
+    steps_left = iter([False] * 14)
+    complete, listener = again.run(trainer=trainer, lora=lora, should_stop=lambda: next(steps_left, True))
+    assert not complete
+    assert not (again.folders.checkpoints / "final").exists()
+    checkpoint = latest(again.folders.checkpoints)
+    assert checkpoint is not None
+    assert 0 < read_progress(checkpoint).step < 8
+    complete, listener = again.run(trainer=trainer, lora=lora, resume_from=checkpoint)
+    assert complete
+    assert listener.of(EventKind.METRICS)[0]["step"] == read_progress(checkpoint).step + 1
+    found = weights(again.folders.checkpoints / "final")
+    assert all(np.array_equal(value, found[name]) for name, value in expected.items())
+    rows = [json.loads(line) for line in again.folders.train_metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert [row["loss"] for row in rows] == expected_rows
+
+
+def test_a_crash_after_the_checkpoint_repeats_the_lost_steps_exactly(bench: Bench, tmp_path: Path) -> None:
+    bench.run()
+    expected = weights(bench.folders.checkpoints / "final")
+    complete, _ = bench.run(resume_from=bench.folders.checkpoints / "step_000003")
+    assert complete
+    found = weights(bench.folders.checkpoints / "final")
+    assert all(np.array_equal(value, found[name]) for name, value in expected.items())
+    rows = [json.loads(line)["step"] for line in bench.folders.train_metrics.read_text().splitlines()]
+    assert rows == list(range(1, 9))
+
+
+def test_a_stop_before_the_first_step_still_leaves_a_checkpoint(bench: Bench) -> None:
+    complete, listener = bench.run(should_stop=lambda: True)
+    assert not complete
+    assert [row["step"] for row in listener.of(EventKind.CHECKPOINT)] == [0]
+    complete, _ = bench.run(resume_from=latest(bench.folders.checkpoints), num_steps=1)
+    assert complete
+
+
+def test_the_result_does_not_depend_on_how_a_step_is_cut(bench: Bench, tmp_path: Path) -> None:
+    losses = []
+    for number, (size, accumulated) in enumerate([(4, 1), (1, 4)]):
+        other = Bench(Home(tmp_path / str(number)).run("run"), bench.teacher, bench.settings)
+        _, listener = other.run(batch_size=size, gradient_accumulation_steps=accumulated, num_steps=2)
+        losses.append([row["loss"] for row in listener.of(EventKind.METRICS)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+class Poisoned(Trainer):
+    """Reports gradients that are no numbers in some steps."""
+
+    def __init__(self, poisoned: set[int]) -> None:
+        self.poisoned = poisoned
+
+    def train(self, context: TrainContext) -> None:
+        from dataclasses import replace
+
+        from opd_daemon.distill import Objective, backward, micro_batches, sample_completions, score
+
+        for step in context.loop:
+            rollouts = sample_completions(context.student, step.prompts, max_tokens=4, temperature=1.0, seed=step.seed)
+            targets = score(context.teacher, rollouts, context.config)
+            for batch in micro_batches(rollouts, targets, size=2, temperature=1.0, labels="teacher"):
+                result = backward(context.student, batch, Objective.from_config(context.config))
+                if step.number in self.poisoned:
+                    result = replace(result, loss=float("nan"))
+                step.accumulate(result)
+            step.update()
+
+
+def info(trainer: Trainer) -> TrainerInfo:
+    return TrainerInfo("poisoned", "1", "", factory=lambda: trainer)
+
+
+def test_steps_without_numbers_are_left_out_with_a_warning(bench: Bench) -> None:
+    complete, listener = bench.run(info=info(Poisoned({2, 3, 6})))
+    assert complete
+    assert [row["step"] for row in listener.of(EventKind.METRICS)] == [1, 4, 5, 7, 8]
+    warned = [row["text"] for row in listener.of(EventKind.LOG) if row["level"] == "warning"]
+    assert [text.split(":")[0] for text in warned] == ["step 2 left out", "step 3 left out", "step 6 left out"]
+
+
+def test_three_such_steps_in_a_row_end_the_run(bench: Bench) -> None:
+    with pytest.raises(OpdError, match="3 steps in a row gave no number") as caught:
+        bench.run(info=info(Poisoned({2, 3, 4})))
+    assert caught.value.reason == Reason.NOT_A_NUMBER
+
+
+class Forgetful(Trainer):
+    def train(self, context: TrainContext) -> None:
+        for _ in context.loop:
+            pass
+
+
+def test_a_trainer_that_never_updates_is_told_so(bench: Bench) -> None:
+    with pytest.raises(OpdError, match=r"left step 1 without step.update\(\)"):
+        bench.run(info=info(Forgetful()))
+
+
+class Reckless(Trainer):
+    def train(self, context: TrainContext) -> None:
+        context.student.model.model.norm.weight = context.student.model.model.norm.weight + 1
+
+
+def test_a_trainer_that_touches_the_base_is_found_out(bench: Bench) -> None:
+    with pytest.raises(OpdError, match="changed the base model's weights"):
+        bench.run(info=info(Reckless()))
+    assert not (bench.folders.checkpoints / "final").exists()
+
+
+class Greedy(Trainer):
+    def train(self, context: TrainContext) -> None:
+        np.ones(1 << 50)
+
+
+def test_running_out_of_memory_is_told_as_such(bench: Bench) -> None:
+    with pytest.raises(OpdError) as caught:
+        bench.run(info=info(Greedy()))
+    assert caught.value.reason == Reason.OUT_OF_MEMORY
+
+
+def test_a_superset_vocabulary_is_masked_on_both_sides(bench: Bench, tmp_path: Path) -> None:
+    wide = write_tiny_qwen2(tmp_path / "wide", seed=1, layers=3, extra_tokens=["<think>", "</think>"], vocab=700)
+    other = Bench(bench.folders, LocalTeacher(wide), {**bench.settings, "teacher_model_path": str(wide)})
+    asked: list[ScoreRequest] = []
+    score = other.teacher.score
+
+    def listen(requests: list[ScoreRequest]) -> Any:
+        asked.extend(requests)
+        return score(requests)
+
+    other.teacher.score = listen  # type: ignore[method-assign]
+    complete, listener = other.run(num_steps=1)
+    assert complete
+    assert "2 ids that only one of the two tokenizers knows" in listener.of(EventKind.LOG)[0]["text"]
+    only_teacher = {other.teacher.info.vocab_size - 1, other.teacher.info.vocab_size - 2}
+    assert all(set(request.masked_token_ids) == only_teacher for request in asked)
+
+
+def test_tokenizers_that_disagree_are_refused(bench: Bench, tmp_path: Path) -> None:
+    other = write_tiny_qwen2(tmp_path / "other", shuffled_vocab=True)
+    shuffled = Bench(bench.folders, LocalTeacher(other), {**bench.settings, "teacher_model_path": str(other)})
+    with pytest.raises(OpdError) as caught:
+        shuffled.run()
+    assert caught.value.reason == Reason.TOKENIZER_MISMATCH
+
+
+def test_an_existing_adapter_is_trained_further(bench: Bench, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    bench.run(output_adapter_path=str(first))
+    other = Bench(Home(tmp_path / "other").run("run"), bench.teacher, bench.settings)
+    _, listener = other.run(student_adapter_path=str(first), lora={"rank": 64})
+    started = listener.of(EventKind.EVALUATION)[0]["reverse_kl"]
+    untrained = json.loads(bench.folders.eval_metrics.read_text().splitlines()[0])["reverse_kl"]
+    assert started < 0.75 * untrained
+
+
+def test_session_speaks_only_of_memory_it_recognises() -> None:
+    assert session.OUT_OF_MEMORY.search("[malloc] Unable to allocate 4096 bytes.")
+    assert session.OUT_OF_MEMORY.search("[METAL] Command buffer execution failed: Insufficient Memory")
+    assert not session.OUT_OF_MEMORY.search("[matmul] Last dimension of first input must match")
