@@ -1,0 +1,105 @@
+"""`opd`: the commands, and the one place where errors become lines and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from opd_daemon.cli import cache, demo, distill, exits, look, output, plugins, runs, serve, teacher
+from opd_daemon.errors import OpdError
+
+app = typer.Typer(
+    name="opd",
+    help="On-policy distillation for MLX: a daemon keeps the teacher in memory, trainers lift the student.",
+    epilog=f"{exits.HELP} The daemon's folder is $OPD_HOME, by default ~/.opd.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command("demo", rich_help_panel="Begin here")(demo.demo)
+app.command("distill", rich_help_panel="Begin here")(distill.distill)
+
+app.command("runs", rich_help_panel="Runs")(runs.list_runs)
+app.command("status", rich_help_panel="Runs")(runs.status)
+app.command("watch", rich_help_panel="Runs")(runs.watch)
+app.command("stop", rich_help_panel="Runs")(runs.stop)
+app.command("resume", rich_help_panel="Runs")(runs.resume)
+app.command("metrics", rich_help_panel="Runs")(runs.metrics)
+app.command("delete", rich_help_panel="Runs")(runs.delete)
+
+app.command("serve", rich_help_panel="Daemon and teacher")(serve.serve)
+app.add_typer(teacher.app, name="teacher", rich_help_panel="Daemon and teacher")
+app.command("score", rich_help_panel="Daemon and teacher")(look.score)
+app.command("generate", rich_help_panel="Daemon and teacher")(look.generate)
+app.add_typer(cache.app, name="cache", rich_help_panel="Daemon and teacher")
+app.command("trainers", rich_help_panel="Daemon and teacher")(plugins.trainers)
+app.command("plugins", rich_help_panel="Daemon and teacher")(plugins.plugins)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import opd_daemon
+
+        output.show(f"opd {opd_daemon.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def opd(
+    context: typer.Context,
+    _version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Show the help when no command is given."""
+    if context.invoked_subcommand is None:
+        output.show(context.get_help())
+
+
+def main() -> None:
+    """Entry point of the command `opd`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; its exit code. Whatever goes wrong is told in lines, never as a traceback.
+
+    `OPD_DEBUG=1` lets exceptions through.
+    """
+    try:
+        return app(list(arguments), prog_name="opd", standalone_mode=False) or exits.OK
+    except (KeyboardInterrupt, typer.Abort):
+        return exits.INTERRUPTED
+    except OpdError as error:
+        if _debugging():
+            raise
+        output.show_error(error)
+        return exits.of_error(error)
+    except BrokenPipeError:  # the reader of our output has gone, as in `opd runs | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exits.OK
+    except Exception as error:  # noqa: BLE001 - the last border: people get a line
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> int:
+    if hasattr(error, "format_message"):  # typer's usage errors, whose base class has moved between its versions
+        command = getattr(getattr(error, "ctx", None), "command_path", "opd")
+        output.say(f"{command}: {_usage(error)}; see '{command} --help'")
+        return exits.USAGE
+    if _debugging():
+        raise error
+    output.say(f"opd: unexpected {type(error).__name__}: {error} (OPD_DEBUG=1 shows where)")
+    return exits.FAILED
+
+
+def _usage(error: Any) -> str:
+    message = " ".join(str(error.format_message()).split()).rstrip(".")
+    return message[:1].lower() + message[1:]
+
+
+def _debugging() -> bool:
+    return bool(os.environ.get("OPD_DEBUG"))

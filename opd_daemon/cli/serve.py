@@ -1,0 +1,51 @@
+"""`opd serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from opd_daemon.cli import exits, text
+from opd_daemon.cli.teacher import model_argument
+
+
+def serve(
+    *,
+    home: Path | None = typer.Option(
+        None, help="The daemon's folder.  [default: $OPD_HOME or ~/.opd]", show_default=False
+    ),
+    port: int = typer.Option(
+        0, min=0, max=65_535, help="TCP port on 127.0.0.1 besides the unix socket; 0: any free one."
+    ),
+    teacher: str | None = typer.Option(None, metavar="PATH", help="Load this teacher at the start."),
+    cache_limit: str = typer.Option("20GB", metavar="SIZE", help="Size the teacher cache may grow to."),
+    max_runs: int = typer.Option(1, min=1, help="Runs that train at the same time; more of them wait."),
+    stop_grace: float = typer.Option(
+        60.0, min=0.0, metavar="SECONDS", help="Time workers have for a checkpoint at the end."
+    ),
+    log_level: str = typer.Option("info", help="debug, info, warning or error."),
+    until_stdin_closes: bool = typer.Option(
+        False, help="Stop when standard input closes: for programs that start opd."
+    ),
+) -> int:
+    """Run the daemon in the foreground until Ctrl-C or SIGTERM."""
+    if log_level not in ("debug", "info", "warning", "error"):
+        raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error", param_hint="--log-level")
+    limit = text.parse_size(cache_limit, "--cache-limit")
+
+    from opd_daemon.home import Home
+    from opd_daemon.rpc.server import ServeSettings
+    from opd_daemon.rpc.server import serve as serve_until_stopped
+
+    settings = ServeSettings(
+        home=Home(home.expanduser().absolute()) if home else Home.default(),
+        port=port,
+        until_stdin_closes=until_stdin_closes,
+        cache_limit_bytes=limit,
+        teacher_path=model_argument(teacher) if teacher else None,
+        max_concurrent_runs=max_runs,
+        stop_grace_seconds=stop_grace,
+        log_level=log_level,
+    )
+    return serve_until_stopped(settings) or exits.OK
