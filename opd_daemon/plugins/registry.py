@@ -54,7 +54,7 @@ class PluginRegistry:
         """
         if name in self.trainers:
             return self.trainers[name]
-        known = ", ".join(sorted(self.trainers)) or "none is installed"
+        known = ", ".join(sorted(self.trainers)) or "none is installed; pip install opd-trainers"
         failed = ", ".join(plugin.name for plugin in self.failed)
         hint = f"; these plugins failed to load, see 'opd plugins': {failed}" if failed else ""
         raise OpdError(Reason.TRAINER_NOT_FOUND, f"no trainer {name!r}; there are: {known}{hint}", trainer=name)
