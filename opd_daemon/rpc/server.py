@@ -81,6 +81,7 @@ def serve(settings: ServeSettings) -> int:
         OpdError: DAEMON_ALREADY_RUNNING, or INVALID_REQUEST when the home can't be written or the port can't be bound.
     """
     _start_logging(settings)
+    os.environ["OPD_HOME"] = str(settings.home.root)  # for plugins, which know the home by this name
     with _only_daemon(settings.home):
         asyncio.run(_serve(settings))
     return 0

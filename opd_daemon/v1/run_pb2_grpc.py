@@ -143,7 +143,8 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteRun(self, request, context):
-        """Removes a resting run with its checkpoints, metrics and events. The adapter copied to output_adapter_path stays.
+        """Removes a resting run with its checkpoints and metrics. Its events stay in the log, which has no gaps, until they are
+        compacted; the adapter copied to output_adapter_path stays.
 
         Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live.
         """

@@ -58,7 +58,8 @@ class RunServiceStub:
     INVALID_ARGUMENT/INVALID_RUN_CONFIG: what it needs is not there any more.
     """
     DeleteRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.DeleteRunRequest, _run_pb2.DeleteRunResponse]
-    """Removes a resting run with its checkpoints, metrics and events. The adapter copied to output_adapter_path stays.
+    """Removes a resting run with its checkpoints and metrics. Its events stay in the log, which has no gaps, until they are
+    compacted; the adapter copied to output_adapter_path stays.
 
     Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live.
     """
@@ -116,7 +117,8 @@ class RunServiceAsyncStub(RunServiceStub):
     INVALID_ARGUMENT/INVALID_RUN_CONFIG: what it needs is not there any more.
     """
     DeleteRun: _aio.UnaryUnaryMultiCallable[_run_pb2.DeleteRunRequest, _run_pb2.DeleteRunResponse]  # type: ignore[assignment]
-    """Removes a resting run with its checkpoints, metrics and events. The adapter copied to output_adapter_path stays.
+    """Removes a resting run with its checkpoints and metrics. Its events stay in the log, which has no gaps, until they are
+    compacted; the adapter copied to output_adapter_path stays.
 
     Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live.
     """
@@ -207,7 +209,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.DeleteRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.DeleteRunResponse, _abc.Awaitable[_run_pb2.DeleteRunResponse]]:
-        """Removes a resting run with its checkpoints, metrics and events. The adapter copied to output_adapter_path stays.
+        """Removes a resting run with its checkpoints and metrics. Its events stay in the log, which has no gaps, until they are
+        compacted; the adapter copied to output_adapter_path stays.
 
         Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live.
         """

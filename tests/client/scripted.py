@@ -36,17 +36,17 @@ class ScriptedRuns(rpc.RunServiceServicer):
             self.failures -= 1
             context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
 
-    def ListRuns(self, request: pb.ListRunsRequest, context: grpc.ServicerContext) -> pb.ListRunsResponse:
+    def ListRuns(self, request: pb.ListRunsRequest, context: grpc.ServicerContext) -> pb.ListRunsResponse:  # noqa: N802
         self._seen(request, context)
         page = int(request.page_token or 0)
         runs = [pb.Run(run_id=f"run-{2 * page + place}") for place in range(2)]
         return pb.ListRunsResponse(runs=runs, next_page_token=str(page + 1) if page < 2 else "")
 
-    def ResumeRun(self, request: pb.ResumeRunRequest, context: grpc.ServicerContext) -> pb.ResumeRunResponse:
+    def ResumeRun(self, request: pb.ResumeRunRequest, context: grpc.ServicerContext) -> pb.ResumeRunResponse:  # noqa: N802
         self._seen(request, context)
         return pb.ResumeRunResponse(run=pb.Run(run_id=request.run_id), from_step=1)
 
-    def WatchEvents(
+    def WatchEvents(  # noqa: N802
         self, request: pb.WatchEventsRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.WatchEventsResponse]:
         self._seen(request, context)

@@ -59,7 +59,7 @@ def test_a_cursor_of_another_store_is_an_error(client: Client) -> None:
 
 def test_a_watch_outlives_a_restart_of_the_daemon(tmp_path: Path, tiny_teacher: Path) -> None:
     home = Home(tmp_path / "home")
-    with LocalDaemon(home) as first:
+    with LocalDaemon(home):
         client = Client.find(home)
         for _ in client.load_teacher(str(tiny_teacher)):
             pass

@@ -43,7 +43,7 @@ def written(folder: Path) -> list[event_pb2.Event]:
     return found
 
 
-def scalars(folder: Path) -> list[tuple[str, int, float]]:
+def scalars(folder: Path) -> list[tuple[str, int, Any]]:
     return [
         (value.tag, entry.step, pytest.approx(value.simple_value))
         for entry in written(folder)
