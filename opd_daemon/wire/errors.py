@@ -97,4 +97,3 @@ def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest)
 
 def _unpacked(status: status_pb2.Status, into: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest) -> bool:
     return any(detail.Unpack(into) for detail in status.details if detail.Is(into.DESCRIPTOR))
-

@@ -282,6 +282,7 @@ def generated_block(index: int, tokens: Sequence[GeneratedToken], text: str) -> 
         token_ids=pack([token.token_id for token in tokens]),
         token_logprobs=pack([token.logprob for token in tokens], FLOAT32),
         text=text,
+        cached=any(token.cached for token in tokens),
     )
     if tokens and tokens[0].top_ids is not None:
         block.top_ids = pack(np.stack([token.top_ids for token in tokens if token.top_ids is not None]))
@@ -308,6 +309,7 @@ def tokens_from_block(block: pb.GeneratedBlock) -> list[GeneratedToken]:
             None if top_ids is None else top_ids[row],
             None if top_logprobs is None else top_logprobs[row],
             reasons[row],
+            block.cached,
         )
         for row in range(len(ids))
     ]
