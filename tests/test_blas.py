@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from opd_daemon import blas
+
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux builds of mlx carry the slow BLAS")
 
 
@@ -98,3 +100,24 @@ def test_nothing_happens_where_mlx_needs_no_help() -> None:
         "blas._load = lambda: 1 / 0\nblas.preload(); print('done')"
     )
     assert result.stdout.split() == ["done"]
+
+
+CORE_NAME = (
+    "import ctypes; from opd_daemon import blas; blas.preload(); library = ctypes.CDLL(None)\n"
+    "library.openblas_get_corename.restype = ctypes.c_char_p; print(library.openblas_get_corename().decode())"
+)
+
+
+@linux_only
+@pytest.mark.skipif("avx2" not in blas._cpu_flags(), reason="a CPU without AVX2 has no better kernels")
+def test_kernels_are_those_of_the_cpu_even_if_the_library_is_older(openblas: None) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "OPENBLAS_CORETYPE"}
+    command = [sys.executable, "-c", CORE_NAME]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.strip() in blas.KERNELS
+
+
+@linux_only
+@pytest.mark.skipif("avx2" not in blas._cpu_flags(), reason="a CPU without AVX2 has no Haswell kernels")
+def test_kernels_named_by_the_user_stay(openblas: None) -> None:
+    assert run_python(CORE_NAME, OPENBLAS_CORETYPE="Haswell").stdout.strip() == "Haswell"

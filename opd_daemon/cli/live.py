@@ -19,7 +19,7 @@ from opd_daemon.cli.text import duration, one_line, percent, size
 from opd_daemon.types import Event, Gauges, RunState
 
 REFRESH_PER_SECOND = 4
-NARROW = 76
+NARROW, NARROWEST = 76, 50
 FEWEST_LOG_LINES, MOST_LOG_LINES = 2, 10
 STATE_STYLES = {
     RunState.RUNNING: "bold green",
@@ -100,13 +100,16 @@ class _Frame:
 def frame(progress: RunProgress, width: int, height: int) -> RenderableType:
     """One picture of the run: at most `height` − 1 lines, so that it never scrolls."""
     inner = width - 4
-    top = [bar(progress, inner), Text(), metric_table(progress, inner), Text(), *machine_lines(progress)]
-    used = 2 + 2 + len(measures("")) + 2 + len(machine_lines(progress)) + 1
+    machine = machine_lines(progress, inner)
+    top = [bar(progress, inner), Text(), metric_table(progress, inner), Text(), *machine]
+    used = 2 + 2 + len(measures("")) + 2 + len(machine) + 1
     room = min(MOST_LOG_LINES, max(FEWEST_LOG_LINES, height - used - 2))
-    log = [Text(f"{time} {one_line(text, 400)}", style="dim", no_wrap=True) for time, text in progress.lines]
+    log = [
+        Text(f"{time} {one_line(text, 400)}", style="dim", no_wrap=True) for time, text in list(progress.lines)[-room:]
+    ]
     for line in log:
         line.truncate(inner, overflow="ellipsis")
-    return Panel(Group(*top, Text(), *log[-room:]), title=_title(progress), title_align="left", box=box.ROUNDED)
+    return Panel(Group(*top, Text(), *log), title=_title(progress), title_align="left", box=box.ROUNDED)
 
 
 def _title(progress: RunProgress) -> Text:
@@ -131,15 +134,16 @@ def bar(progress: RunProgress, width: int) -> RenderableType:
 
 
 def metric_table(progress: RunProgress, width: int) -> Table:
-    """Metrics of training and of the held-out prompts, each with its change since the start."""
+    """Metrics of training and of the held-out prompts, each with its change since the start where there is room."""
     table = Table(box=None, pad_edge=False, padding=(0, 2 if width >= NARROW else 1, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
-    for title in ("training", "change", "held-out", "change"):
+    changes = width >= NARROWEST
+    for title in ("training", "change", "held-out", "change") if changes else ("training", "held-out"):
         table.add_column(title, justify="right", no_wrap=True, min_width=8 if width >= NARROW else 6)
     for measure in measures(str(progress.run.config.get("divergence", "reverse_kl"))):
         training = _cells(measure, progress.metrics, progress.first)
         held_out = _cells(measure, progress.evaluation, progress.baseline)
-        table.add_row(measure.title, *training, *held_out)
+        table.add_row(measure.title, *training[: 2 if changes else 1], *held_out[: 2 if changes else 1])
     return table
 
 
@@ -161,19 +165,21 @@ def change(measure: Measure, value: float, start: float) -> Text:
     return Text(f"{'↑' if difference > 0 else '↓'} {shown}", style=style)
 
 
-def machine_lines(progress: RunProgress) -> list[Text]:
-    """Speed, where the time goes, cache and memory."""
+def machine_lines(progress: RunProgress, width: int) -> list[Text]:
+    """Speed, where the time goes, cache and memory; on narrow terminals the split of the step has its own line."""
     metrics, gauges = progress.metrics, progress.gauges
     lookups = progress.cache_hits + progress.cache_misses
     memory = max(gauges.get("active_memory_bytes", 0), metrics.get("active_memory_bytes", 0))
     peak = max(gauges.get("peak_memory_bytes", 0), metrics.get("peak_memory_bytes", 0))
     speed = [f"{metrics['tokens_per_second']:.0f} tok/s"] if metrics else ["no step yet"]
+    split = [_split(metrics)] if metrics else []
     if metrics:
-        speed.append(f"step {metrics['step_milliseconds'] / 1000:.1f} s {_split(metrics)}")
+        speed.append(f"step {metrics['step_milliseconds'] / 1000:.1f} s")
     cache = [f"cache {progress.cache_hits} hits, {progress.cache_misses} misses"] if lookups else []
     if memory:
         cache.append(f"memory {size(memory)} (peak {size(peak)})")
-    return [_joined(speed), _joined(cache)]
+    lines = [speed + split, cache] if width >= NARROW else [speed, split, cache]
+    return [_joined(parts) for parts in lines if parts]
 
 
 def _split(metrics: dict[str, Any]) -> str:
@@ -183,7 +189,7 @@ def _split(metrics: dict[str, Any]) -> str:
         ("train", "student_milliseconds"),
     )
     whole = sum(metrics[name] for _, name in parts) or 1.0
-    return "(" + ", ".join(f"{title} {100 * metrics[name] / whole:.0f} %" for title, name in parts) + ")"
+    return ", ".join(f"{title} {100 * metrics[name] / whole:.0f} %" for title, name in parts)
 
 
 def _joined(parts: Iterable[str]) -> Text:

@@ -40,7 +40,7 @@ class RunProgress:
 
 
 class Checkpoints:
-    """The checkpoint folder of one run."""
+    """The checkpoint folder of one run, for the one process that writes to it."""
 
     def __init__(self, folder: Path, keep_last: int) -> None:
         self.folder = folder
@@ -59,7 +59,7 @@ class Checkpoints:
             write_file(folder / STATE, json.dumps(asdict(progress), indent=2).encode())
 
         write_folder(path, fill)
-        for old in self.steps()[: -self.keep_last]:
+        for old in step_folders(self.folder)[: -self.keep_last]:
             shutil.rmtree(old)
         return path
 
@@ -67,15 +67,6 @@ class Checkpoints:
         """Write `best/` or `final/`, replacing an earlier one whole."""
         write_folder(self.folder / name, save)
         return self.folder / name
-
-    def steps(self) -> list[Path]:
-        """Folders of steps, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        found = [
-            (int(match[1]), entry) for entry in self.folder.iterdir() if (match := STEP_FOLDER.fullmatch(entry.name))
-        ]
-        return [entry for _, entry in sorted(found)]
 
     def _repair(self) -> None:
         """Finish or undo what a crash left half done: an old folder whose successor never came returns."""
@@ -89,9 +80,17 @@ class Checkpoints:
             shutil.rmtree(entry, ignore_errors=True)
 
 
+def step_folders(folder: Path) -> list[Path]:
+    """Checkpoint folders of steps in a run's folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), entry) for entry in folder.iterdir() if (match := STEP_FOLDER.fullmatch(entry.name))]
+    return [entry for _, entry in sorted(found)]
+
+
 def latest(folder: Path) -> Path | None:
     """The newest complete step checkpoint in a run's folder, None when there is none."""
-    for path in reversed(Checkpoints(folder, keep_last=1).steps()):
+    for path in reversed(step_folders(folder)):
         try:
             read_progress(path)
         except OpdError:

@@ -76,14 +76,17 @@ class Journal:
         """Keep the rollouts of a step; with `sample`, show the first one to those who watch."""
         self.rollout_log.append(step, rollouts)
         if sample and rollouts:
-            first = rollouts[0]
-            payload = {
-                "step": step,
-                "prompt": first.prompt.text[:SAMPLE_CHARACTERS],
-                "completion": self.decode(list(first.completion_ids))[:SAMPLE_CHARACTERS],
-                "source": "student" if first.source == "student" else "teacher",
-            }
-            self.reporter.event(EventKind.SAMPLE, payload)
+            self.sample(step, rollouts[0])
+
+    def sample(self, step: int, rollout: Rollout) -> None:
+        """Show a completion to those who watch."""
+        payload = {
+            "step": step,
+            "prompt": rollout.prompt.text[:SAMPLE_CHARACTERS],
+            "completion": self.decode(list(rollout.completion_ids))[:SAMPLE_CHARACTERS],
+            "source": "student" if rollout.source == "student" else "teacher",
+        }
+        self.reporter.event(EventKind.SAMPLE, payload)
 
     def gauges(self, values: dict[str, float]) -> None:
         """Report readings, at most every two seconds, with the pace of the last step."""

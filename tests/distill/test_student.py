@@ -11,6 +11,8 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from opd_daemon.config import LoraConfig
 from opd_daemon.distill.adapter import CONFIG, WEIGHTS
@@ -55,12 +57,18 @@ def test_a_saved_adapter_loads_in_mlx_lm_and_here(student: Student, tiny_student
 
 
 def test_dora_adapters_are_taken_on(tiny_student: Path, tmp_path: Path) -> None:
-    student = Student.load(tiny_student, None, LoraConfig(rank=4, keys=["self_attn.q_proj"]), seed=3)
-    student.save_adapter(tmp_path)
-    settings = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps({**settings, "fine_tune_type": "dora"}))
-    with pytest.raises(OpdError, match=r"q_proj\.m is missing"):
-        Student.load(tiny_student, tmp_path, LoraConfig(), seed=0)
+    model, _ = mlx_lm.load(str(tiny_student))
+    model.freeze()
+    settings = {"rank": 4, "scale": 2.0, "dropout": 0.0}
+    linear_to_lora_layers(model, 1, settings, use_dora=True)
+    trained = {name: value + 0.02 for name, value in tree_flatten(model.trainable_parameters())}
+    model.update(tree_unflatten(list(trained.items())))
+    mx.save_safetensors(str(tmp_path / WEIGHTS), trained)
+    content = {"fine_tune_type": "dora", "num_layers": 1, "lora_parameters": settings}
+    (tmp_path / CONFIG).write_text(json.dumps(content))
+    student = Student.load(tiny_student, tmp_path, LoraConfig(), seed=0)
+    assert np.abs(np.array(student.model(TOKENS) - model(TOKENS))).max() < 1e-5
+    assert {name.rpartition(".")[2] for name in student.parameters()} == {"lora_a", "lora_b", "m"}
 
 
 def change(folder: Path, change_weights: Any = None, **settings: Any) -> Path:
