@@ -20,13 +20,15 @@ from opd_daemon.distill.data import Prompt
 from opd_daemon.distill.exact import compare
 from opd_daemon.distill.objective import watch
 from opd_daemon.distill.planning import CHUNK_BYTES
-from opd_daemon.distill.rollouts import Rollout, teacher_completions
+from opd_daemon.distill.rollouts import Rollout, sample_completions, teacher_completions
 from opd_daemon.distill.scoring import score
 from opd_daemon.distill.student import Student
 from opd_daemon.distill.teacher_head import HeadMatrix, as_mlx
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.trainer import Teacher
 from opd_daemon.types import EvaluationMetrics, ScoreRequest, ScoreWants
+
+SHOWN_ANSWERS = 3
 
 Values = dict[str, npt.NDArray[np.float32]]
 
@@ -62,6 +64,12 @@ class Evaluator:
             length = self.config.max_generation_tokens
             self._rollouts = teacher_completions(self.teacher, self.prompts, max_tokens=length, temperature=0.0, seed=0)
         return self._rollouts
+
+    def student_answers(self) -> list[Rollout]:
+        """What the student now answers, greedily, to the first few held-out prompts."""
+        length = self.config.max_generation_tokens
+        shown = self.prompts[:SHOWN_ANSWERS]
+        return sample_completions(self.student, shown, max_tokens=length, temperature=0.0, seed=0)
 
     def measure(self, step: int) -> EvaluationMetrics:
         """Compare the two models now."""

@@ -175,6 +175,12 @@ class TrainingLoop:
         return step % self.config.eval_every == 0 or step == self.config.num_steps
 
     def _evaluate(self) -> None:
+        self._measure()
+        if self.progress.step in (0, self.config.num_steps):
+            for answer in self.evaluator.student_answers():
+                self.journal.sample(self.progress.step, answer)
+
+    def _measure(self) -> None:
         metrics = self.evaluator.measure(self.progress.step)
         if self.progress.step in (0, self.config.num_steps):
             self._show_answers()
