@@ -40,17 +40,24 @@ def demo(
     seconds, stage = Seconds(), TerminalStage()
     models = story.prepare_models(settings, seconds, stage)
     with story.demo_daemon(settings, seconds, stage) as client:
-        result = story.tell(settings, client, models, seconds, stage)
-        seconds.phases["total"] = seconds.total
-        result = replace(result, curve_path=_curve(result, settings.folder / "learning_curve.png"))
-        if json_file:
-            result.write_json(json_file)
-        from opd_daemon.demo.table import show_result
-
-        show_result(result, output.console())
-        if keep:
-            _wait(settings.home)
+        try:
+            result = story.tell(settings, client, models, seconds, stage)
+            seconds.phases["total"] = seconds.total
+            _show(replace(result, curve_path=_curve(result, settings.folder / "learning_curve.png")), json_file)
+            if keep:
+                _wait(settings.home)
+        except KeyboardInterrupt:
+            output.say("\nstopping the daemon; what the teacher computed stays in its cache for the next time")
+            raise
     return exits.OK
+
+
+def _show(result: DemoResult, json_file: Path | None) -> None:
+    from opd_daemon.demo.table import show_result
+
+    if json_file:
+        result.write_json(json_file)
+    show_result(result, output.console())
 
 
 class TerminalStage:
@@ -85,11 +92,8 @@ def _curve(result: DemoResult, file: Path) -> str:
 
 
 def _wait(home: Home) -> None:
-    """Wait for Ctrl-C."""
+    """Wait until Ctrl-C raises."""
     import threading
 
     output.say(f"\nthe daemon stays until Ctrl-C; in another terminal: OPD_HOME={home.root} opd generate 'Hello'")
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        output.say("stopping the daemon")
+    threading.Event().wait()

@@ -139,13 +139,14 @@ def _ticking(view: View) -> Iterator[None]:
 
 def _interrupts(client: Client, run: Run, view: View, what: OnInterrupt) -> AbstractContextManager[None]:
     def stop() -> None:
+        view.line("stopping after this step, with a checkpoint; Ctrl-C again leaves at once")
         try:
             client.stop(run.run_id)
         except OpdError as error:
             view.line(f"could not be stopped: {error}")
 
     def first() -> None:
-        view.line("stopping after this step, with a checkpoint; Ctrl-C again leaves at once")
+        # The signal may have come in the middle of a write or a call, which must not be entered again from here.
         threading.Thread(target=stop, daemon=True).start()
 
     return _on_first_interrupt(first if what == "stop" else None)

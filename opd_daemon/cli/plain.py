@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from opd_daemon.cli.progress import RunProgress
@@ -50,8 +51,6 @@ class PlainView:
             parts.append(f"memory {size(memory)}")
         if remaining is not None:
             parts.append(f"ETA {duration(remaining)}")
-        from datetime import UTC, datetime
-
         return f"{clock(datetime.now(UTC))} … {'  '.join(parts)}"
 
 

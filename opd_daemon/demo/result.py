@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class DemoResult:
     answers: list[Answers]
     seconds: Seconds
     cache: CacheStats
-    curve_path: str = field(default="")
+    curve_path: str = ""
 
     @property
     def command(self) -> str:
@@ -90,7 +90,7 @@ class DemoResult:
             "after": {name: self.after[name] for name in METRICS},
             "exact": bool(self.after["exact"]),
             "held_out": {"prompts": self.after["samples"], "tokens": self.after["tokens"]},
-            "seconds": {**{name: round(value, 3) for name, value in self.seconds.phases.items()}},
+            "seconds": {name: round(value, 3) for name, value in self.seconds.phases.items()},
             "cache": asdict(self.cache),
             "adapter_path": self.adapter_path,
             "command": self.command,

@@ -25,7 +25,7 @@ ROWS = (
 
 def show_result(result: DemoResult, console: Console) -> None:
     """Everything, from the numbers to the command that uses the adapter."""
-    for part in (metric_table(result), *answer_tables(result.answers, console.width), time_table(result)):
+    for part in (metric_table(result), *answer_tables(result.answers, console.width), time_line(result)):
         console.print()
         console.print(part)
     console.print()
@@ -51,6 +51,8 @@ def metric_table(result: DemoResult) -> Table:
 
 def _change(before: float, after: float, better: int, *, share: bool) -> Text:
     difference = after - before
+    if not round(difference, 3):
+        return Text("none", style="dim")
     arrow = "↑" if difference > 0 else "↓"
     words = f"{arrow} {100 * abs(difference):.1f} points" if share else f"{arrow} {abs(difference):.3f}"
     if not share and better and before > 0:
@@ -78,14 +80,11 @@ def answer_tables(answers: list[Answers], width: int) -> Iterator[RenderableType
         yield table
 
 
-def time_table(result: DemoResult) -> Table:
-    """Seconds by phase, and what the cache did."""
-    table = Table(box=box.ROUNDED, title="where the time went", title_style="bold", title_justify="left")
-    table.add_column("phase")
-    table.add_column("seconds", justify="right")
-    for name, value in result.seconds.phases.items():
-        table.add_row(name, f"{value:.1f}", style="bold" if name == "total" else "")
-    return table
+def time_line(result: DemoResult) -> Text:
+    """Seconds by phase."""
+    line = Text("seconds: ", style="bold")
+    phases = [f"{name} {value:.1f}" for name, value in result.seconds.phases.items()]
+    return line.append(" · ".join(phases), style="not bold")
 
 
 def closing_lines(result: DemoResult) -> Iterator[str]:

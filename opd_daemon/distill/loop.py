@@ -19,7 +19,6 @@ from opd_daemon.distill.journal import Journal
 from opd_daemon.distill.memory import read_memory
 from opd_daemon.distill.metrics import StepTimes, median, step_metrics
 from opd_daemon.distill.optimizer import Optimizer, learning_rate
-from opd_daemon.distill.rollouts import sample_completions
 from opd_daemon.distill.step import Step, step_seed
 from opd_daemon.distill.student import Student
 from opd_daemon.errors import OpdError, Reason
@@ -27,7 +26,6 @@ from opd_daemon.errors import OpdError, Reason
 FIRST_CHECKPOINT_FRACTION = 0.05
 FIRST_CHECKPOINT_SECONDS = 60.0
 SKIPS_ALLOWED = 2
-SHOWN_ANSWERS, SHOWN_TOKENS = 3, 64
 
 
 class TrainingLoop:
@@ -182,8 +180,6 @@ class TrainingLoop:
 
     def _measure(self) -> None:
         metrics = self.evaluator.measure(self.progress.step)
-        if self.progress.step in (0, self.config.num_steps):
-            self._show_answers()
         # The first one also waits for the teacher to write its completions.
         self._evaluation_seconds = min(metrics.seconds, self._evaluation_seconds or metrics.seconds)
         validation_kl = getattr(metrics, self.config.divergence)
@@ -198,13 +194,6 @@ class TrainingLoop:
         path = self.checkpoints.save_named("best", self.student.save_adapter)
         self.journal.evaluation(replace(metrics, is_best=True, checkpoint_path=str(path)))
         self.journal.checkpoint(metrics.step, path, is_best=True, validation_kl=validation_kl)
-
-    def _show_answers(self) -> None:
-        """Let the student answer some held-out prompts greedily: people compare the start with the end."""
-        prompts = self.prompts.held_out[:SHOWN_ANSWERS]
-        length = min(self.config.max_generation_tokens, SHOWN_TOKENS)
-        for rollout in sample_completions(self.student, prompts, max_tokens=length, temperature=0.0, seed=0):
-            self.journal.sample(self.progress.step, rollout)
 
     def _saves_at(self, step: int) -> bool:
         if step % self.config.checkpoint_every == 0:
