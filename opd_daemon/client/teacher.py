@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from opd_daemon.client.connection import Connection
 from opd_daemon.errors import OpdError, Reason
@@ -50,8 +50,31 @@ class Expected:
 ANY_TEACHER = Expected()
 
 
+class Streams(Protocol):
+    """What the calls below need of a connection."""
+
+    def stream(self, stub: type[Any], method: str, request: Any) -> Iterator[Any]:
+        """The answers of one streaming call; leaving the iteration cancels it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Interruptible:
+    """A connection whose streams are left, freeing the teacher, once `should_stop` says so."""
+
+    connection: Connection
+    should_stop: Callable[[], bool]
+
+    def stream(self, stub: type[Any], method: str, request: Any) -> Iterator[Any]:
+        """The answers of one streaming call. Raises CANCELLED when it is to stop."""
+        for answer in self.connection.stream(stub, method, request):
+            if self.should_stop():
+                raise OpdError(Reason.CANCELLED, "left the call to the teacher, as the run was asked to stop")
+            yield answer
+
+
 def score(
-    connection: Connection, requests: Sequence[ScoreRequest], expected: Expected, *, use_cache: bool
+    connection: Streams, requests: Sequence[ScoreRequest], expected: Expected, *, use_cache: bool
 ) -> list[CachedScores]:
     """Score sequences, in as many calls as their sizes and differing wants need; results in the requests' order."""
     results: list[CachedScores | None] = [None] * len(requests)
@@ -91,7 +114,7 @@ def _score_bytes(request: ScoreRequest) -> int:
 
 
 def _score_call(
-    connection: Connection, requests: list[ScoreRequest], expected: Expected, *, use_cache: bool
+    connection: Streams, requests: list[ScoreRequest], expected: Expected, *, use_cache: bool
 ) -> list[CachedScores]:
     message = pb.ComputeLogprobsRequest(
         sequences=[wire.sequence_to_proto(request) for request in requests],
@@ -109,7 +132,7 @@ def _score_call(
 
 
 def stream_generation(
-    connection: Connection, requests: Sequence[GenerateRequest], expected: Expected, *, use_cache: bool
+    connection: Streams, requests: Sequence[GenerateRequest], expected: Expected, *, use_cache: bool
 ) -> Iterator[GeneratedPiece]:
     """Continue prompts; pieces of different prompts alternate."""
     message = pb.GenerateRequest(
@@ -127,7 +150,7 @@ def stream_generation(
 
 
 def generate(
-    connection: Connection, requests: Sequence[GenerateRequest], expected: Expected, *, use_cache: bool
+    connection: Streams, requests: Sequence[GenerateRequest], expected: Expected, *, use_cache: bool
 ) -> list[list[GeneratedToken]]:
     """Continue prompts; one completion per request, in order. Large batches are split into several calls."""
     completions: list[list[GeneratedToken]] = [[] for _ in requests]
@@ -139,7 +162,7 @@ def generate(
     return completions
 
 
-def fetch_head(connection: Connection, expected: Expected) -> TeacherHead:
+def fetch_head(connection: Streams, expected: Expected) -> TeacherHead:
     """The teacher's output head."""
     request = pb.GetHeadRequest(expected_teacher_digest=expected.teacher)
     responses = connection.stream(rpc.TeacherServiceStub, "GetHead", request)
@@ -151,11 +174,13 @@ class RemoteTeacher:
     """`opd_daemon.trainer.Teacher` over the public API, bound to the teacher that was loaded when it was made.
 
     Another teacher or tokenizer is refused by the daemon (TEACHER_CHANGED, TOKENIZER_MISMATCH). While the daemon's
-    queue is full or it is loading, calls wait.
+    queue is full or it is loading, calls wait. Once `should_stop` says so, they end with CANCELLED.
     """
 
-    def __init__(self, client: Client, *, use_cache: bool = True) -> None:
-        self._connection = client.connection
+    def __init__(
+        self, client: Client, *, use_cache: bool = True, should_stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._connection = Interruptible(client.connection, should_stop)
         self._use_cache = use_cache
         self._info = client.loaded_teacher()
         self._expected = Expected(self._info.digest, self._info.tokenizer_digest)

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from opd_daemon.config import RunConfig
 from opd_daemon.distill.checkpoints import OPTIMIZER, Checkpoints, RunProgress, copy_adapter, read_progress
-from opd_daemon.distill.data import PromptSet
+from opd_daemon.distill.data import Prompt, PromptSet
 from opd_daemon.distill.evaluation import Evaluator
 from opd_daemon.distill.journal import Journal
 from opd_daemon.distill.memory import read_memory
@@ -78,6 +78,12 @@ class TrainingLoop:
             started = time.perf_counter()
             yield step
             self._finish(step, time.perf_counter() - started)
+
+    def upcoming(self, count: int) -> list[Prompt]:
+        """The prompts of the present step and of those after it, at most `count` and not past the run's end."""
+        each = self.config.batch_size * self.config.gradient_accumulation_steps
+        left = (self.config.num_steps - self.progress.step) * each
+        return self.prompts.take(self.progress.cursor, min(max(count, each), left))
 
     def stop(self) -> None:
         """End the run early, with a checkpoint of the last complete step."""

@@ -87,6 +87,10 @@ def train(context: TrainContext, trainer: TrainerInfo) -> bool:
         trainer.factory().train(context)
     except StopRequested:
         loop.stop()
+    except OpdError as error:
+        if error.reason is not Reason.CANCELLED or not context.should_stop():
+            raise
+        loop.stop()
     if student.base_digest() != untouched:
         raise OpdError(Reason.INTERNAL, "training changed the base model's weights; the adapter is not to be used")
     if not loop.stopped:

@@ -12,6 +12,7 @@ import secrets
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,13 +217,16 @@ def _watch_for_stop(stop: asyncio.Event, until_stdin_closes: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop_once, stop)
     if until_stdin_closes:
+        # A thread, as not everything that may be standard input can be polled.
+        threading.Thread(target=_stop_at_end_of_input, args=(loop, stop), daemon=True).start()
 
-        def readable() -> None:
-            if not os.read(sys.stdin.fileno(), 4096):
-                loop.remove_reader(sys.stdin.fileno())
-                stop.set()
 
-        loop.add_reader(sys.stdin.fileno(), readable)
+def _stop_at_end_of_input(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+    with contextlib.suppress(RuntimeError):  # the loop is closed already
+        loop.call_soon_threadsafe(stop.set)
 
 
 def _stop_once(stop: asyncio.Event) -> None:

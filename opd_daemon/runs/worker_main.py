@@ -157,7 +157,7 @@ def _do(client: Client, run_id: str, reporter: StreamReporter, stop: Stop) -> tu
         config=config,
         trainer=trainer,
         folders=folders,
-        teacher=RemoteTeacher(client, use_cache=config.use_cache),
+        teacher=RemoteTeacher(client, use_cache=config.use_cache, should_stop=stop),
         reporter=reporter,
         should_stop=stop,
         resume_from=Path(resume_path) if resume_path else None,

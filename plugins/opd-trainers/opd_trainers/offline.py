@@ -50,8 +50,12 @@ class Offline:
                 step.update()
 
 
+# The teacher decodes this many sequences at once for little more than the price of a few.
+AHEAD = 32
+
+
 class Completions:
-    """One completion per prompt, the same in every epoch and after a resume."""
+    """One completion per prompt, the same in every epoch and after a resume, generated some steps ahead."""
 
     def __init__(self, context: TrainContext) -> None:
         self.context = context
@@ -60,10 +64,11 @@ class Completions:
         self.known = {rollout.prompt.index: rollout for rollout in resumed}
 
     def of(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """Completions of these prompts; those not met before are generated in one call."""
-        new = list({prompt.index: prompt for prompt in prompts if prompt.index not in self.known}.values())
-        for rollout in self._complete(new) if new else []:
-            self.known[rollout.prompt.index] = rollout
+        """Completions of these prompts; if one is new, it and those of the next steps are generated in one call."""
+        if any(prompt.index not in self.known for prompt in prompts):
+            coming = {prompt.index: prompt for prompt in self.context.loop.upcoming(AHEAD)}
+            new = [prompt for index, prompt in coming.items() if index not in self.known]
+            self.known |= {rollout.prompt.index: rollout for rollout in self._complete(new)}
         return [self.known[prompt.index] for prompt in prompts]
 
     def _complete(self, prompts: list[Prompt]) -> list[Rollout]:
