@@ -62,12 +62,13 @@ def _held_out(axes: Any, rows: list[dict[str, Any]], name: str, *, factor: float
     label = f"{_words(name)}, held-out"
     steps, values = [row["step"] for row in rows], [factor * row[name] for row in rows]
     axes.plot(steps, values, color=color, marker="o", linewidth=2, label=label)
-    for place in (0, -1):
+    rises = values[-1] > values[0]
+    for place, below in ((0, rises), (-1, not rises)):
         axes.annotate(
             f"{values[place]:.1f}" if factor > 1 else f"{values[place]:.2f}",
             (steps[place], values[place]),
             textcoords="offset points",
-            xytext=(4, 7),
+            xytext=(4, -15 if below else 7),
             fontsize=9,
             color=color,
         )
@@ -75,6 +76,7 @@ def _held_out(axes: Any, rows: list[dict[str, Any]], name: str, *, factor: float
 
 def _finish(axes: Any, unit: str) -> None:
     axes.set_xlabel("optimizer step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.06)

@@ -82,7 +82,7 @@ class DemoSettings:
         return {
             **values,
             "num_steps": steps,
-            "eval_every": max(1, -(-steps // 2)),
+            "eval_every": max(1, -(-steps // 4)),
             "checkpoint_every": max(1, -(-steps // 2)),
             "teacher_model_path": str(teacher),
             "base_model_path": str(student),
