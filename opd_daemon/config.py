@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
+from opd_daemon.home import user_path
 from opd_daemon.names import RULE, is_identifier
 
 
@@ -23,7 +25,14 @@ def _identifier(value: str) -> str:
     return value
 
 
+def _path(value: str) -> str:
+    if any(ord(character) < 32 for character in value):
+        raise ValueError("holds a control character; name another path")
+    return value
+
+
 Identifier = Annotated[str, AfterValidator(_identifier)]
+PathText = Annotated[str, AfterValidator(_path)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -42,7 +51,7 @@ class LoraConfig(BaseModel):
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     scale: Positive = Field(2.0, description="Factor on the adapter's output (mlx-lm's scale, not alpha).")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    num_layers: int = Field(-1, ge=-1, description="Adapt this many last blocks; -1 adapts all.")
+    num_layers: int = Field(-1, ge=-1, le=100_000, description="Adapt this many last blocks; -1 adapts all.")
     keys: list[str] | None = Field(
         None, description="Names inside a block, such as self_attn.q_proj; None: every linear."
     )
@@ -58,15 +67,17 @@ class RunConfig(BaseModel):
     trainer: str = Field("on_policy", min_length=1, description="Name of a trainer; ListTrainers shows them.")
     trainer_options: dict[str, Any] = Field(default_factory=dict, description="Options of that trainer's own.")
 
-    base_model_path: str = Field(min_length=1, description="Student base model: an mlx-lm folder.")
-    teacher_model_path: str = Field(min_length=1, description="Teacher model: an mlx-lm folder.")
-    student_adapter_path: str = Field("", description="Adapter to start from; empty starts a fresh LoRA.")
-    output_adapter_path: str = Field(
+    base_model_path: PathText = Field(min_length=1, description="Student base model: an mlx-lm folder.")
+    teacher_model_path: PathText = Field(min_length=1, description="Teacher model: an mlx-lm folder.")
+    student_adapter_path: PathText = Field("", description="Adapter to start from; empty starts a fresh LoRA.")
+    output_adapter_path: PathText = Field(
         "", description="Where the final adapter is copied to; empty: only the checkpoints."
     )
 
-    prompts_path: str = Field("", description="JSONL file with training rows.")
-    validation_prompts_path: str = Field("", description="JSONL file with held-out rows; empty splits prompts_path.")
+    prompts_path: PathText = Field("", description="JSONL file with training rows.")
+    validation_prompts_path: PathText = Field(
+        "", description="JSONL file with held-out rows; empty splits prompts_path."
+    )
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.2, description="Share held out when one file serves both."
     )
@@ -78,7 +89,7 @@ class RunConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(2, description="Sequences in a micro-batch.")
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] = Field(4, description="Micro-batches in a step.")
     learning_rate: Positive = 1e-5
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    warmup_steps: Annotated[int, Field(ge=0, le=10_000_000)] = 10
     lr_schedule: Schedule = "cosine"
     max_grad_norm: Positive = 1.0
     weight_decay: NonNegative = 0.0
@@ -109,15 +120,17 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:
         if self.kl_weight + self.ce_weight <= 0:
-            raise ValueError("kl_weight and ce_weight are both 0: nothing would be learned; raise one of them")
+            message = "kl_weight and ce_weight are both 0: nothing would be learned; raise one of them"
+            raise PydanticCustomError("cross_check", message, {"field": "kl_weight"})
         if not self.prompts_path and not self.validation_prompts_path:
-            raise ValueError('prompts_path names no file; give a JSONL file with rows like {"prompt": "…"}')
+            message = "names no file; give a JSONL file with a prompt a line, as README shows"
+            raise PydanticCustomError("cross_check", message, {"field": "prompts_path"})
         return self
 
     def expanded(self) -> RunConfig:
         """The same configuration with `~` and relative paths made absolute (for the process that reads the file)."""
         names = [name for name in type(self).model_fields if name.endswith("_path")]
-        paths = {name: str(Path(value).expanduser().absolute()) for name in names if (value := getattr(self, name))}
+        paths = {name: str(user_path(value).absolute()) for name in names if (value := getattr(self, name))}
         return self.model_copy(update=paths)
 
     def to_yaml(self) -> str:
@@ -156,8 +169,12 @@ def config_violations(fault: ValidationError, prefix: str = "config") -> list[Fi
         path = ".".join([prefix, *(str(part) for part in entry["loc"])])
         message = entry["msg"].removeprefix("Value error, ")
         if entry["type"] == "extra_forbidden":
-            message = f"no such field; did you mean {_nearest(str(entry['loc'][-1]))}?"
-        elif entry["type"] not in ("missing", "value_error") or entry["loc"]:
+            message = f"no such field; {_nearest(str(entry['loc'][-1]))}"
+        elif entry["type"] == "cross_check":
+            path = f"{prefix}.{entry['ctx']['field']}"
+        elif entry["type"] == "missing":
+            message = "missing; every run needs it"
+        elif entry["type"] != "value_error" or entry["loc"]:
             message = f"{_shown(entry.get('input'))}: {message[:1].lower()}{message[1:]}"
         violations.append(FieldViolation(path, message))
     return violations
@@ -167,7 +184,8 @@ def _nearest(name: str) -> str:
     from difflib import get_close_matches
 
     known = [*RunConfig.model_fields, *LoraConfig.model_fields]
-    return (get_close_matches(name, known, n=1, cutoff=0.0) or ["another name"])[0]
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else "correct its name or remove it"
 
 
 def _shown(value: object) -> str:
@@ -187,13 +205,19 @@ def load_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise OpdError(Reason.INVALID_RUN_CONFIG, f"{path}: no such file", path=path) from None
-    except (OSError, UnicodeDecodeError) as fault:
-        raise OpdError(Reason.INVALID_RUN_CONFIG, f"{path}: can't be read: {fault}", path=path) from None
+    except OSError as fault:
+        raise OpdError(Reason.INVALID_RUN_CONFIG, f"{path}: can't be read: {fault.strerror}", path=path) from None
+    except UnicodeDecodeError:
+        message = f"{path}: not UTF-8; name a YAML file, saved as UTF-8"
+        raise OpdError(Reason.INVALID_RUN_CONFIG, message, path=path) from None
     except yaml.YAMLError as fault:
         mark = getattr(fault, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(fault, "problem", None) or "not YAML"
+        problem = getattr(fault, "problem", None) or getattr(fault, "reason", None) or "not YAML"
         raise OpdError(Reason.INVALID_RUN_CONFIG, f"{place}: {problem}", path=path) from None
     if not isinstance(values, dict):
         raise OpdError(Reason.INVALID_RUN_CONFIG, f"{path}: holds no 'name: value' lines", path=path)
+    for name in values:
+        if not isinstance(name, str):
+            raise OpdError(Reason.INVALID_RUN_CONFIG, f"{path}: {name!r} is no name of a field", path=path)
     return values

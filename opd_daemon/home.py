@@ -7,6 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def user_path(written: str) -> Path:
+    """A path as a person wrote it, with `~` expanded; the `~` of a user unknown here stays, and names nothing."""
+    try:
+        return Path(written).expanduser()
+    except RuntimeError:
+        return Path(written)
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolders:
     """Every place one run writes to."""

@@ -50,7 +50,7 @@ def load_vocabulary(path: Path) -> dict[int, str]:
         content = json.loads(file.read_text(encoding="utf-8"))
         vocabulary = _model_tokens(content["model"]["vocab"])
         vocabulary.update({int(token["id"]): str(token["content"]) for token in content.get("added_tokens", ())})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(path, f"tokenizer.json is broken ({type(error).__name__})") from error
     return vocabulary
 

@@ -84,7 +84,7 @@ def generate(
     *,
     max_tokens: int = typer.Option(256, min=1, help="Longest answer, in tokens."),
     temperature: float = typer.Option(0.0, min=0.0, help="Sampling temperature; 0 is greedy."),
-    seed: int | None = typer.Option(None, min=0, help="Makes sampling repeatable."),
+    seed: int | None = typer.Option(None, min=0, max=2**32 - 1, help="Makes sampling repeatable."),
     raw: bool = typer.Option(False, "--raw", help="Continue the text as it is, without the chat template."),
     as_json: bool = typer.Option(False, "--json", help="As JSON, with the tokens and their logprobs."),
 ) -> int:

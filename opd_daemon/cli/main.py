@@ -61,6 +61,8 @@ def opd(
 
 def main() -> None:
     """Entry point of the command `opd`."""
+    # What goes wrong is told by us, in one line; gRPC's core would add its own. Read when grpc is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     sys.exit(run(sys.argv[1:]))
 
 

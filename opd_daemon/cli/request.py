@@ -13,6 +13,7 @@ import yaml
 
 from opd_daemon.config import PRESETS, RunConfig, load_yaml, parse_config
 from opd_daemon.errors import FieldViolation, OpdError, Reason
+from opd_daemon.home import user_path
 
 PREFIX = "config."
 
@@ -46,6 +47,9 @@ class DistillRequest:
         parts = name.split(".")
         for length in range(len(parts), 0, -1):
             if origin := self.origins.get(".".join(parts[:length])):
+                return origin if origin.startswith("--set") else f"{origin}: {name}"
+        for inner, origin in self.origins.items():
+            if inner.startswith(f"{name}."):
                 return origin if origin.startswith("--set") else f"{origin}: {name}"
         return f"{self.source}: {name}" if name != "config" else self.source
 
@@ -107,7 +111,7 @@ def _from_setting(setting: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _with_absolute_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {
-        name: os.path.normpath(folder / Path(value).expanduser())
+        name: os.path.normpath(folder / user_path(value))
         if name.endswith("_path") and isinstance(value, str) and value
         else value
         for name, value in values.items()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import typer
 
 from opd_daemon.cli import exits, output, text
+from opd_daemon.errors import OpdError, Reason
+from opd_daemon.home import user_path
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -73,8 +75,10 @@ def unload(force: bool = typer.Option(False, "--force", help="Even while a run u
 
 def model_argument(given: str) -> str:
     """A model named on the command line: a path becomes absolute, a hub id that is no path stays as it is."""
-    path = Path(given).expanduser()
-    if not path.exists() and HUB_ID.fullmatch(given) and not given.startswith("."):
+    if not given:
+        raise OpdError(Reason.INVALID_REQUEST, "the teacher's path is empty; name an mlx-lm model folder or a hub id")
+    path = user_path(given)
+    if not os.path.lexists(path) and HUB_ID.fullmatch(given) and not given.startswith("."):
         return given
     return str(path.absolute())
 

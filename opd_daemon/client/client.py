@@ -9,12 +9,14 @@ from typing import Any, Self
 
 import grpc
 import numpy as np
+from google.protobuf.json_format import ParseError
 
 from opd_daemon.client import catalog
 from opd_daemon.client import teacher as remote
 from opd_daemon.client.adapter import Choice, save_adapter
 from opd_daemon.client.connection import Connection, find_endpoint
 from opd_daemon.client.watch import Watch
+from opd_daemon.config import parse_config
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.home import Home
 from opd_daemon.trainer import TeacherHead
@@ -179,7 +181,7 @@ class Client:
         """
         request = run_pb2.CreateRunRequest(
             request_id=request_id,
-            config=wire_runs.config_to_proto(values),
+            config=_config_message(values),
             preset=preset,
             validate_only=validate_only,
         )
@@ -295,3 +297,12 @@ class Client:
     def _read(self, stub: type[Any], method: str, request: Any) -> Any:
         """A call that may be repeated freely."""
         return self.connection.unary(stub, method, request, timeout=TIMEOUT, retry=True)
+
+
+def _config_message(values: Mapping[str, Any]) -> run_pb2.RunConfig:
+    """The configuration as it is sent. What a message can't hold is refused as the daemon would refuse it."""
+    try:
+        return wire_runs.config_to_proto(values)
+    except (ValueError, TypeError, AttributeError, ParseError) as fault:
+        parse_config(dict(values))
+        raise OpdError(Reason.INVALID_RUN_CONFIG, f"the configuration can't be sent: {fault}") from fault

@@ -38,6 +38,8 @@ def find_endpoint(home: Home, address: str | None = None, token: str | None = No
     """
     address = address or os.environ.get("OPD_ADDRESS")
     token = token or os.environ.get("OPD_TOKEN")
+    if token and not (token.isascii() and token.isprintable()):
+        raise OpdError(Reason.WRONG_TOKEN, "OPD_TOKEN holds characters no token has; read it again from daemon.json")
     if address and token:
         return Endpoint(address, token)
     found = _discovered(home)
@@ -64,8 +66,11 @@ def _discovered(home: Home) -> Endpoint | None:
         found = Endpoint(values["address"], values["token"], int(values["pid"]), values.get("store_id", ""))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as fault:
-        message = f"{home.discovery}: can't be read ({type(fault).__name__}: {fault}); start the daemon again"
+    except OSError as fault:
+        message = f"{home.discovery}: can't be read ({fault.strerror}); check OPD_HOME"
+        raise OpdError(Reason.DAEMON_NOT_RUNNING, message) from None
+    except (ValueError, KeyError, TypeError):
+        message = f"{home.discovery}: can't be read; delete it and start the daemon again"
         raise OpdError(Reason.DAEMON_NOT_RUNNING, message) from None
     return found if psutil.pid_exists(found.pid) else None
 

@@ -191,13 +191,15 @@ def _render(tokenizer: Any, messages: Sequence[dict[str, str]], answer: str | No
 
 def _parse_line(line: bytes, place: str) -> Row | str:
     try:
-        content = json.loads(line.decode("utf-8"))
+        content = json.loads(line.decode("utf-8").rstrip())
     except UnicodeDecodeError as fault:
         return (
             f"{place}: not UTF-8 (byte 0x{line[fault.start]:02x} at column {fault.start + 1}); save the file as UTF-8"
         )
     except json.JSONDecodeError as fault:
-        return f"{place}: not JSON: {fault.msg} at column {fault.colno}"
+        return f"{place}: not JSON: {fault.msg} at column {fault.colno}; give one JSON object a line"
+    except ValueError:  # Python refuses integers of more than 4300 digits
+        return f"{place}: not a row: it holds a number too long to read"
     except RecursionError:
         return f"{place}: not a row: nested too deeply"
     if not isinstance(content, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,9 @@ class ModelFolder:
     @property
     def bits(self) -> int:
         """Bits a quantised weight has by default; 0 for a model that isn't quantised."""
-        quantization = self.config.get("quantization") or {}
-        return int(quantization.get("bits", 0))
+        quantization = self.config.get("quantization")
+        bits = quantization.get("bits", 0) if isinstance(quantization, dict) else 0
+        return bits if isinstance(bits, int) else 0
 
     @property
     def parameters(self) -> int:
@@ -54,7 +56,7 @@ class ModelFolder:
         """An integer of the configuration, also from the `text_config` of a model that reads images too."""
         inner = self.config.get("text_config")
         value = self.config.get(name, inner.get(name) if isinstance(inner, dict) else None)
-        return int(value) if isinstance(value, int | float) else default
+        return int(value) if isinstance(value, int | float) and math.isfinite(value) else default
 
 
 def read_model_folder(path: Path) -> ModelFolder:
@@ -63,8 +65,8 @@ def read_model_folder(path: Path) -> ModelFolder:
     Raises:
         OpdError: MODEL_NOT_FOUND naming the folder or file and what is wrong with it.
     """
-    if not path.is_dir():
-        problem = "is a file, not a model folder" if path.exists() else "no such folder"
+    if not os.path.isdir(path):  # noqa: PTH112 - unlike Path.is_dir, never raises for a name too long
+        problem = "is a file, not a model folder" if os.path.lexists(path) else "no such folder"
         raise _no_model(path, f"{problem}; give an mlx-lm model folder (config.json and model*.safetensors)")
     config = _read_json(path / "config.json")
     if "model_type" not in config:
@@ -128,8 +130,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise _no_model(path, "no such file; an mlx-lm model folder has one") from None
-    except (OSError, ValueError) as fault:
-        raise _no_model(path, f"can't be read: {fault}") from None
+    except OSError as fault:
+        raise _no_model(path, f"can't be read: {fault.strerror}") from None
+    except (ValueError, RecursionError):
+        raise _no_model(path, "can't be read: it is not valid JSON; copy the file again") from None
     if not isinstance(content, dict):
         raise _no_model(path, "is not a JSON object")
     return content

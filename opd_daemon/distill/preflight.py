@@ -25,9 +25,12 @@ __all__ = ["check_run", "estimate"]
 FAULTS_SHOWN = 5
 
 
-def check_run(config: RunConfig, trainer: TrainerInfo) -> list[FieldViolation]:
-    """One violation per fault of a run: folders, adapter, rows, options, output and tokenizers. Empty: it may start."""
-    violations = [*_check_options(config, trainer), *_check_output(config)]
+def check_run(config: RunConfig, trainer: TrainerInfo | None) -> list[FieldViolation]:
+    """One violation per fault of a run: folders, adapter, rows, options, output and tokenizers. Empty: it may start.
+
+    Without a trainer, whose name was wrong, its options are not checked.
+    """
+    violations = [*(_check_options(config, trainer) if trainer else ()), *_check_output(config)]
     folders: dict[str, ModelFolder] = {}
     for name in ("base_model_path", "teacher_model_path"):
         try:
@@ -64,6 +67,12 @@ def _check_output(config: RunConfig) -> list[FieldViolation]:
     if not config.output_adapter_path:
         return []
     path = Path(config.output_adapter_path)
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # told below, by the folder that is there
+    except OSError as fault:
+        return [_violation("output_adapter_path", f"{path}: {fault.strerror}; choose another folder")]
     if path.exists() and not path.is_dir():
         return [_violation("output_adapter_path", f"{path}: is a file; name a folder")]
     existing = path
@@ -92,8 +101,10 @@ def _check_tokenizers(config: RunConfig, base: ModelFolder, teacher: ModelFolder
             f"its tokenizer disagrees with the student's (teacher / student): {shown}; use models of one tokenizer"
         )
         violations.append(_violation("teacher_model_path", message))
-    if config.top_k > match.shared_size:
-        violations.append(_violation("top_k", f"{config.top_k}: the vocabulary has {match.shared_size} ids"))
+    elif config.top_k > match.shared_size:
+        violations.append(
+            _violation("top_k", f"{config.top_k}: the vocabulary has {match.shared_size} ids; use at most that many")
+        )
     return violations
 
 
@@ -101,7 +112,9 @@ def _check_context(config: RunConfig, base: ModelFolder, teacher: ModelFolder) -
     lengths = [folder.number("max_position_embeddings") for folder in (base, teacher)]
     context = min((length for length in lengths if length), default=0)
     if context and config.max_generation_tokens >= context:
-        message = f"{config.max_generation_tokens}: no room for a prompt in the models' context of {context} tokens"
+        message = (
+            f"{config.max_generation_tokens}: no room for a prompt in the models' context of {context} tokens; lower it"
+        )
         return [_violation("max_generation_tokens", message)]
     return []
 
@@ -137,7 +150,13 @@ def _check_texts(config: RunConfig, name: str, rows: list[Row]) -> Iterator[Fiel
         return
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as fault:  # noqa: BLE001 - the library raises nothing more special for a broken file
+        yield _violation(
+            "base_model_path", f"{file}: {' '.join(str(fault).split())}; copy the model's tokenizer files again"
+        )
+        return
     for row in long:
         count = len(tokenizer.encode(row.prompt, add_special_tokens=False).ids) // (1 if row.messages else 2)
         if count > config.max_prompt_tokens:

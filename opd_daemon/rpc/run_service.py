@@ -13,7 +13,8 @@ from opd_daemon.events import Bookmark, EventBatch, EventLog, GaugeReadings, Wat
 from opd_daemon.rpc.access import caller
 from opd_daemon.rpc.interceptor import Context
 from opd_daemon.runs.manager import RunManager
-from opd_daemon.types import Checkpoint
+from opd_daemon.types import Checkpoint, RunState
+from opd_daemon.v1 import event_pb2
 from opd_daemon.v1 import run_pb2 as pb
 from opd_daemon.v1 import run_pb2_grpc as rpc
 from opd_daemon.wire import runs as wire
@@ -54,7 +55,7 @@ class RunServicer(rpc.RunServiceServicer):
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
         revision = await self._events.revision()
         size = _page_size(request.page_size, DEFAULT_RUNS_PAGE, MAX_RUNS_PAGE)
-        states = frozenset(state for value in request.states if (state := state_from_proto(value)) is not None)
+        states = frozenset(_state(value) for value in request.states)
         runs, token = await self._runs.list(page_size=size, page_token=request.page_token, states=states)
         messages = [wire.run_to_proto(run) for run in runs]
         return pb.ListRunsResponse(runs=messages, next_page_token=token, revision=revision)
@@ -132,6 +133,13 @@ def _preset(name: str) -> dict[str, object]:
     return dict(PRESETS[name]) if name else {}
 
 
+def _state(value: event_pb2.RunState.ValueType) -> RunState:
+    state = state_from_proto(value)
+    if state is None:
+        raise invalid("states", f"{value} is no state of a run; leave it out for all of them")
+    return state
+
+
 def _page_size(asked: int, default: int, limit: int) -> int:
     if asked < 0:
         raise invalid("page_size", f"{asked} is negative; use 0 for the default of {default}")
@@ -139,7 +147,7 @@ def _page_size(asked: int, default: int, limit: int) -> int:
 
 
 def _step_of(page_token: str) -> int:
-    if page_token and not page_token.isdecimal():
+    if page_token and not (page_token.isascii() and page_token.isdecimal() and len(page_token) < 19):
         raise invalid("page_token", "not a token this daemon gave out", Reason.INVALID_PAGE_TOKEN)
     return int(page_token or -1)
 

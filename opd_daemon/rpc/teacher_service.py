@@ -15,6 +15,7 @@ from opd_daemon.rpc.access import caller
 from opd_daemon.rpc.assembly import ResidentTeacher
 from opd_daemon.rpc.interceptor import Context
 from opd_daemon.rpc.text import TextStream
+from opd_daemon.teacher.validation import check_ids
 from opd_daemon.types import GeneratedToken, ScoreRequest, TeacherInfo
 from opd_daemon.v1 import teacher_pb2 as pb
 from opd_daemon.v1 import teacher_pb2_grpc as rpc
@@ -113,6 +114,7 @@ class TeacherServicer(rpc.TeacherServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         info = self._expected("", "")
         ids = self._token_ids(request.tokens, "tokens")
+        check_ids("tokens.token_ids", ids, info)
         text = self._teacher.detokenize([int(token) for token in ids])
         return pb.TokenizeResponse(token_ids=pb.TokenIds(ids=wire.pack(ids)), text=text, identity=_identity(info))
 

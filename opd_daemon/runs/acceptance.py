@@ -14,6 +14,11 @@ from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs.attempt import Preflight
 
+# The checks across fields come after those of single ones: one round for each, and one that succeeds.
+ROUNDS = 4
+NEEDED = frozenset({"base_model_path", "teacher_model_path", "prompts_path"})
+STAND_IN = "?"
+
 
 def request_digest(values: dict[str, Any]) -> str:
     """What tells one request from another with the same id."""
@@ -28,29 +33,30 @@ async def checked_config(
     Raises:
         OpdError: INVALID_RUN_CONFIG with every fault that could be found, those of fields and those of files.
     """
-    faults: list[FieldViolation] = []
-    config: RunConfig | None
-    try:
-        config = parse_config(values).expanded()
-    except OpdError as fault:
-        faults += fault.violations
-        config = _sound_part(values, fault.violations)
+    config, faults = _parsed(values)
     if config is not None:
         known = {fault.field for fault in faults}
-        found = await asyncio.to_thread(_faults, config, plugins, preflight, taken_ids)
+        found = await asyncio.to_thread(_faults, config.expanded(), plugins, preflight, taken_ids)
         faults += [fault for fault in found if fault.field not in known]
     if faults or config is None:
         raise violations_error(faults, Reason.INVALID_RUN_CONFIG)
-    return config
+    return config.expanded()
 
 
-def _sound_part(values: dict[str, Any], faults: tuple[FieldViolation, ...]) -> RunConfig | None:
-    """The configuration without its faulty fields, so that the others are checked too; None when nothing is left."""
-    faulty = {fault.field.split(".")[1] for fault in faults if "." in fault.field}
-    try:
-        return parse_config({name: value for name, value in values.items() if name not in faulty}).expanded()
-    except OpdError:
-        return None
+def _parsed(values: dict[str, Any]) -> tuple[RunConfig | None, list[FieldViolation]]:
+    """The configuration with stand-ins for its faulty fields, so that the others are checked too, and the faults."""
+    faults: list[FieldViolation] = []
+    sound = dict(values)
+    for _ in range(ROUNDS):
+        try:
+            return parse_config(sound), faults
+        except OpdError as fault:
+            faults += [entry for entry in fault.violations if entry not in faults]
+            faulty = {entry.field.split(".")[1] for entry in fault.violations}
+        sound = {name: value for name, value in sound.items() if name not in faulty}
+        sound |= dict.fromkeys(faulty & NEEDED, STAND_IN)
+        sound |= {"kl_weight": 1.0} if "kl_weight" in faulty else {}
+    return None, faults
 
 
 def _faults(
@@ -61,10 +67,11 @@ def _faults(
         faults.append(FieldViolation("config.run_id", f"{config.run_id!r} is taken; choose another or leave it empty"))
     if config.output_adapter_path and (why := _unwritable(Path(config.output_adapter_path))):
         faults.append(FieldViolation("config.output_adapter_path", f"{config.output_adapter_path}: {why}"))
+    trainer = None
     try:
         trainer = plugins.trainer(config.trainer)
     except OpdError as fault:
-        return [*faults, FieldViolation("config.trainer", fault.message)]
+        faults.append(FieldViolation("config.trainer", fault.message))
     named = {fault.field for fault in faults}
     return faults + [fault for fault in preflight.check(config, trainer) if fault.field not in named]
 

@@ -31,10 +31,11 @@ DISK_RETRY_SECONDS = 5.0
 class Preflight:
     """What can be found out about a run before anything loads; both functions block and run off the loop.
 
-    check: every fault of a configuration. estimate: time and memory, given whether its teacher is resident already.
+    check: every fault of a configuration; that of its options only when the trainer is known. estimate: time and
+    memory, given whether its teacher is resident already.
     """
 
-    check: Callable[[RunConfig, TrainerInfo], list[FieldViolation]]
+    check: Callable[[RunConfig, TrainerInfo | None], list[FieldViolation]]
     estimate: Callable[[RunConfig, bool], Plan]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_daemon.errors import OpdError, Reason
+from opd_daemon.home import user_path
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "model_max_length")
@@ -57,11 +59,13 @@ def open_folder(path_or_hub_id: str) -> ModelFolder:
     A hub id is only tried when it is no existing folder. Raises MODEL_NOT_FOUND, or TEACHER_LOAD_FAILED with the
     cause in one line.
     """
-    path = Path(path_or_hub_id).expanduser()
-    if not path.exists():
+    path = user_path(path_or_hub_id)
+    if not os.path.exists(path):  # noqa: PTH110 - unlike Path.exists, never raises for a name too long
         path = _download(path_or_hub_id)
     if not path.is_dir() or not (path / "config.json").is_file():
-        raise load_failed(path_or_hub_id, "not a model folder (it has no config.json)")
+        raise load_failed(
+            path_or_hub_id, "not a model folder (it has no config.json); give an mlx-lm model folder or a hub id"
+        )
     config = _read_config(path, path_or_hub_id)
     shards = _find_shards(path, path_or_hub_id)
     weight_bytes = sum(_check_shard(shard, path_or_hub_id) for shard in shards)
@@ -78,7 +82,7 @@ def read_json(file: Path, default: Any) -> Any:
     """Content of a JSON file; `default` where there is none or it can't be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return default
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
 from opd_daemon.types import GenerateRequest, Int32, ScoreRequest, ScoreWants, TeacherInfo
 
-MAX_SEED = 2**64 - 1
+MAX_SEED = 2**32 - 1
 
 
 def check_scores(requests: Sequence[ScoreRequest], info: TeacherInfo) -> None:
@@ -32,6 +32,14 @@ def check_generations(requests: Sequence[GenerateRequest], info: TeacherInfo) ->
     _raise(faults)
 
 
+def check_ids(path: str, ids: Int32, info: TeacherInfo) -> None:
+    """Raise INVALID_REQUEST when an id is outside what the teacher's logits are wide."""
+    wrong = np.flatnonzero((ids < 0) | (ids >= info.padded_vocab_size))
+    if len(wrong):
+        where = f"id {ids[wrong[0]]} at place {wrong[0]} is no token of {info.name}"
+        raise violations_error([FieldViolation(path, f"{where}; ids go from 0 to {info.vocab_size - 1}")])
+
+
 def _raise(faults: list[FieldViolation]) -> None:
     # Outputs are shared by all sequences of a call, so their faults would come once for each.
     unique = list(dict.fromkeys(faults))
@@ -44,7 +52,9 @@ def _score_faults(index: int, request: ScoreRequest, info: TeacherInfo) -> Itera
     size = len(request.token_ids)
     yield from _ids_faults(f"{path}.token_ids", request.token_ids, info, least=2)
     if size > info.max_context:
-        yield FieldViolation(f"{path}.token_ids", f"{size} tokens; {info.name} takes at most {info.max_context}")
+        yield FieldViolation(
+            f"{path}.token_ids", f"{size} tokens; {info.name} takes at most {info.max_context}; send fewer"
+        )
     if size > 1 and not 1 <= request.score_from < size:
         yield FieldViolation(f"{path}.score_from", f"{request.score_from}; must be between 1 and {size - 1}")
     elif request.candidate_ids is not None and size > 1:

@@ -9,10 +9,12 @@ from grpc_status import rpc_status
 
 from opd_daemon.errors import DOMAIN, FieldViolation, OpdError, Reason
 
-# gRPC refuses headers above 16 KiB, and the details travel in one: long lists of faults are cut, with a word.
-MAX_VIOLATIONS = 50
-MAX_DESCRIPTION = 200
-MAX_MESSAGE = 1000
+# In bytes. The details travel in a header, and gRPC drops answers whose headers exceed 8 KiB (some of them) or 16 KiB
+# (all): long lists of faults are cut, with a word. The message travels twice, once with up to three bytes for each.
+MAX_STATUS = 4400
+MAX_MESSAGE = 700
+MAX_FIELD = 200
+MAX_DESCRIPTION = 1000
 
 _REASON_OF_BARE_CODE = {
     grpc.StatusCode.UNAVAILABLE: Reason.DAEMON_NOT_RUNNING,
@@ -20,20 +22,20 @@ _REASON_OF_BARE_CODE = {
     grpc.StatusCode.CANCELLED: Reason.CANCELLED,
     grpc.StatusCode.UNIMPLEMENTED: Reason.NOT_IMPLEMENTED,
     grpc.StatusCode.INVALID_ARGUMENT: Reason.MALFORMED_MESSAGE,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: Reason.QUEUE_FULL,
+    # From gRPC itself, whose limits are on sizes; the daemon's own come with a reason.
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Reason.INVALID_REQUEST,
     grpc.StatusCode.UNAUTHENTICATED: Reason.WRONG_TOKEN,
 }
 
 
 def to_status(error: OpdError) -> status_pb2.Status:
     """The status of an error: code, one-line message, ErrorInfo always, BadRequest when there are field violations."""
-    details = [
-        _packed(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_short(error.metadata)))
-    ]
-    if error.violations:
-        details.append(_packed(_bad_request(error.violations)))
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_short(error.metadata))
     code = code_pb2.Code.Value(error.code)
-    return status_pb2.Status(code=code, message=_clipped(error.message, MAX_MESSAGE), details=details)
+    status = status_pb2.Status(code=code, message=_clipped(error.message, MAX_MESSAGE), details=[_packed(info)])
+    if error.violations:
+        status.details.append(_packed(_bad_request(error.violations, MAX_STATUS - status.ByteSize())))
+    return status
 
 
 def from_rpc_error(error: grpc.RpcError) -> OpdError:
@@ -67,26 +69,27 @@ def _status_of(error: grpc.RpcError) -> status_pb2.Status | None:
         return None
 
 
-def _bad_request(violations: tuple[FieldViolation, ...]) -> error_details_pb2.BadRequest:
-    entries = [
-        error_details_pb2.BadRequest.FieldViolation(
-            field=_clipped(violation.field, MAX_DESCRIPTION),
-            description=_clipped(violation.description, MAX_DESCRIPTION),
-        )
-        for violation in violations[:MAX_VIOLATIONS]
-    ]
-    if len(violations) > MAX_VIOLATIONS:
-        more = f"{len(violations) - MAX_VIOLATIONS} more faults are not shown"
-        entries.append(error_details_pb2.BadRequest.FieldViolation(field="…", description=more))
-    return error_details_pb2.BadRequest(field_violations=entries)
+def _bad_request(violations: tuple[FieldViolation, ...], room: int) -> error_details_pb2.BadRequest:
+    """As many violations as fit into `room` bytes, and how many more there are."""
+    request = error_details_pb2.BadRequest()
+    for number, violation in enumerate(violations):
+        field, description = _clipped(violation.field, MAX_FIELD), _clipped(violation.description, MAX_DESCRIPTION)
+        request.field_violations.add(field=field, description=description)
+        if request.ByteSize() > room:
+            del request.field_violations[-1]
+            more = f"{len(violations) - number} more faults are not shown"
+            request.field_violations.add(field="…", description=more)
+            break
+    return request
 
 
 def _short(metadata: dict[str, str]) -> dict[str, str]:
-    return {key: _clipped(value, MAX_DESCRIPTION) for key, value in metadata.items()}
+    return {key: _clipped(value, MAX_FIELD) for key, value in metadata.items()}
 
 
 def _clipped(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    data = text.encode("utf-8", "replace")
+    return text if len(data) <= limit else data[: limit - 3].decode("utf-8", "ignore") + "…"
 
 
 def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest) -> any_pb2.Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.struct_pb2 import Struct
+from google.protobuf.struct_pb2 import Struct, Value
 
 from opd_daemon.types import Checkpoint, Plan, Run, RunState
 from opd_daemon.v1 import run_pb2 as pb
@@ -57,15 +57,25 @@ def struct_to_proto(values: Mapping[str, Any]) -> Struct:
 
 def struct_from_proto(message: Struct) -> dict[str, Any]:
     """A Struct as plain JSON data; whole numbers become int, since JSON has one kind of number only."""
-    return {key: _whole(value) for key, value in json_format.MessageToDict(message).items()}
+    # Not json_format, which refuses the NaN that a client may send.
+    return {key: _plain(value) for key, value in message.fields.items()}
 
 
-def _whole(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _whole(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_whole(entry) for entry in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _plain(value: Value) -> Any:
+    match value.WhichOneof("kind"):
+        case "number_value":
+            number = value.number_value
+            return int(number) if number.is_integer() else number
+        case "string_value":
+            return value.string_value
+        case "bool_value":
+            return value.bool_value
+        case "struct_value":
+            return struct_from_proto(value.struct_value)
+        case "list_value":
+            return [_plain(entry) for entry in value.list_value.values]
+        case _:
+            return None
 
 
 def seconds_to_proto(seconds: float) -> Duration:

@@ -122,8 +122,8 @@ class Stage:
         }
         return {**paths, "num_steps": 10, **changes}
 
-    def _check(self, config: RunConfig, trainer: TrainerInfo) -> list[FieldViolation]:
-        assert trainer.name == config.trainer
+    def _check(self, config: RunConfig, trainer: TrainerInfo | None) -> list[FieldViolation]:
+        assert trainer is None or trainer.name == config.trainer
         return self.faults
 
     def _estimate(self, config: RunConfig, teacher_loaded: bool) -> Plan:
