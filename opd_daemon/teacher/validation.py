@@ -50,10 +50,10 @@ def _raise(faults: list[FieldViolation]) -> None:
 def _score_faults(index: int, request: ScoreRequest, info: TeacherInfo) -> Iterator[FieldViolation]:
     path = f"sequences[{index}]"
     size = len(request.token_ids)
-    yield from _ids_faults(f"{path}.token_ids", request.token_ids, info, least=2)
+    yield from _ids_faults(f"{path}.tokens.token_ids", request.token_ids, info, least=2)
     if size > info.max_context:
         yield FieldViolation(
-            f"{path}.token_ids", f"{size} tokens; {info.name} takes at most {info.max_context}; send fewer"
+            f"{path}.tokens.token_ids", f"{size} tokens; {info.name} takes at most {info.max_context}; send fewer"
         )
     if size > 1 and not 1 <= request.score_from < size:
         yield FieldViolation(f"{path}.score_from", f"{request.score_from}; must be between 1 and {size - 1}")
@@ -87,7 +87,7 @@ def _wants_faults(wants: ScoreWants, candidates: bool, info: TeacherInfo) -> Ite
 
 def _generation_faults(index: int, request: GenerateRequest, info: TeacherInfo) -> Iterator[FieldViolation]:
     path = f"prompts[{index}]"
-    yield from _ids_faults(f"{path}.token_ids", request.prompt_ids, info, least=1)
+    yield from _ids_faults(f"{path}.tokens.token_ids", request.prompt_ids, info, least=1)
     yield from _ids_faults(f"{path}.stop_token_ids", request.stop_token_ids, info, least=0)
     if request.max_tokens < 1:
         yield FieldViolation(f"{path}.max_tokens", f"{request.max_tokens}; must be at least 1")

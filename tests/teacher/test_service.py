@@ -18,11 +18,11 @@ from tests.teacher.resident import Home, generate_all, load_model, random_ids, s
 
 IDS = random_ids(10)
 BAD_SCORES: dict[str, tuple[ScoreRequest, str]] = {
-    "empty": (ScoreRequest(IDS[:0], 1), "sequences[1].token_ids"),
-    "one token": (ScoreRequest(IDS[:1], 1), "sequences[1].token_ids"),
-    "too long": (ScoreRequest(random_ids(513), 1), "sequences[1].token_ids"),
-    "negative id": (ScoreRequest(np.array([1, -1], np.int32), 1), "sequences[1].token_ids"),
-    "id of no token": (ScoreRequest(np.array([1, 403], np.int32), 1), "sequences[1].token_ids"),
+    "empty": (ScoreRequest(IDS[:0], 1), "sequences[1].tokens.token_ids"),
+    "one token": (ScoreRequest(IDS[:1], 1), "sequences[1].tokens.token_ids"),
+    "too long": (ScoreRequest(random_ids(513), 1), "sequences[1].tokens.token_ids"),
+    "negative id": (ScoreRequest(np.array([1, -1], np.int32), 1), "sequences[1].tokens.token_ids"),
+    "id of no token": (ScoreRequest(np.array([1, 403], np.int32), 1), "sequences[1].tokens.token_ids"),
     "score_from 0": (ScoreRequest(IDS, 0), "sequences[1].score_from"),
     "score_from behind": (ScoreRequest(IDS, 10), "sequences[1].score_from"),
     "candidate rows": (ScoreRequest(IDS, 1, candidate_ids=np.zeros((3, 2), np.int32)), "sequences[1].candidate_ids"),
@@ -36,8 +36,8 @@ BAD_SCORES: dict[str, tuple[ScoreRequest, str]] = {
     "all masked": (ScoreRequest(IDS, 1, masked_token_ids=tuple(range(403))), "masked_token_ids"),
 }
 BAD_PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
-    "empty": ({"prompt_ids": ()}, "prompts[0].token_ids"),
-    "id of no token": ({"prompt_ids": (403,)}, "prompts[0].token_ids"),
+    "empty": ({"prompt_ids": ()}, "prompts[0].tokens.token_ids"),
+    "id of no token": ({"prompt_ids": (403,)}, "prompts[0].tokens.token_ids"),
     "no tokens": ({"max_tokens": 0}, "prompts[0].max_tokens"),
     "too many tokens": ({"max_tokens": 512}, "prompts[0].max_tokens"),
     "temperature NaN": ({"temperature": math.nan}, "prompts[0].temperature"),
@@ -79,10 +79,10 @@ def test_every_fault_is_named_at_once(home: Home, tiny_teacher: Path) -> None:
         with pytest.raises(OpdError) as caught:
             service.score([wrong, wrong])
         assert [violation.field for violation in caught.value.violations] == [
-            "sequences[0].token_ids",
+            "sequences[0].tokens.token_ids",
             "sequences[0].score_from",
             "outputs.top_k",
-            "sequences[1].token_ids",
+            "sequences[1].tokens.token_ids",
             "sequences[1].score_from",
         ]
         with pytest.raises(OpdError):
