@@ -6,6 +6,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TypeVar
 
 from opd_daemon.config import RunConfig, parse_config
@@ -16,7 +18,7 @@ from opd_daemon.runs.ledger import Ledger
 from opd_daemon.runs.states import moved
 from opd_daemon.runs.workers import WorkerProcess, Workers, meaning_of_exit
 from opd_daemon.trainer import TrainerInfo
-from opd_daemon.types import Plan, Run, RunState
+from opd_daemon.types import Event, EventKind, Plan, Run, RunState
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +121,14 @@ class Attempt:
             raise violations_error(violations, Reason.INVALID_RUN_CONFIG)
         resident = self._services.teaching.loaded() == self.config.teacher_model_path
         plan = await asyncio.to_thread(self._services.preflight.estimate, self.config, resident)
+        if not resident:
+            await self._say(f"loading the teacher {Path(self.config.teacher_model_path).name}")
         await self._unless_stopped(self._services.teaching.ensure(self.config.teacher_model_path))
         await self._enter(RunState.LOADING, plan=plan)
+
+    async def _say(self, text: str) -> None:
+        event = Event(EventKind.LOG, self.run_id, {"level": "info", "text": text}, datetime.now(UTC))
+        await self._services.ledger.report(self.run_id, event)
 
     async def _enter(self, state: RunState, **changes: Any) -> None:
         try:

@@ -181,7 +181,11 @@ async def test_one_run_at_a_time_the_oldest_first(tmp_path: Path) -> None:
         for name in names:
             await daemon.reach(name, S.FAILED)
         events, _ = await daemon.events.read(lambda store: store.events_after(0))
-        order = [(entry.run_id, entry.payload["state"]) for entry in events if entry.payload["state"] != "PENDING"]
+        order = [
+            (entry.run_id, entry.payload["state"])
+            for entry in events
+            if entry.payload.get("state", "PENDING") != "PENDING"
+        ]
         assert order == [(name, state) for name in names for state in ("PLANNING", "LOADING", "FAILED")]
 
 
