@@ -73,13 +73,9 @@ def _check_output(config: RunConfig) -> list[FieldViolation]:
         pass  # told below, by the folder that is there
     except OSError as fault:
         return [_violation("output_adapter_path", f"{path}: {fault.strerror}; choose another folder")]
-    if path.exists() and not path.is_dir():
-        return [_violation("output_adapter_path", f"{path}: is a file; name a folder")]
-    existing = path
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        return [_violation("output_adapter_path", f"{path}: {existing} is a file, not a folder")]
+    existing = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not os.path.isdir(existing):  # noqa: PTH112 - unlike Path.is_dir, never raises
+        return [_violation("output_adapter_path", f"{path}: {existing} is a file, not a folder; choose another")]
     if not os.access(existing, os.W_OK | os.X_OK):
         return [_violation("output_adapter_path", f"{path}: {existing} is not writable; choose another folder")]
     return []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 from opd_daemon.config import RunConfig, parse_config
@@ -65,8 +63,6 @@ def _faults(
     faults = []
     if config.run_id in taken_ids:
         faults.append(FieldViolation("config.run_id", f"{config.run_id!r} is taken; choose another or leave it empty"))
-    if config.output_adapter_path and (why := _unwritable(Path(config.output_adapter_path))):
-        faults.append(FieldViolation("config.output_adapter_path", f"{config.output_adapter_path}: {why}"))
     trainer = None
     try:
         trainer = plugins.trainer(config.trainer)
@@ -74,13 +70,3 @@ def _faults(
         faults.append(FieldViolation("config.trainer", fault.message))
     named = {fault.field for fault in faults}
     return faults + [fault for fault in preflight.check(config, trainer) if fault.field not in named]
-
-
-def _unwritable(folder: Path) -> str:
-    """Why an adapter can't be written to `folder`; empty when it can."""
-    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-    if not existing.is_dir():
-        return f"{existing} is not a folder; choose another place"
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return f"no permission to write in {existing}; choose another place or change its mode"
-    return ""

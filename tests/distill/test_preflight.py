@@ -68,7 +68,8 @@ def test_every_fault_is_reported_at_once(settings: dict[str, Any], tmp_path: Pat
         "(config.json and model*.safetensors)",
         "config.teacher_model_path": f"{tmp_path}/config.json: no such file; an mlx-lm model folder has one",
         "config.prompts_path": f"{tmp_path}/missing.jsonl: no such file",
-        "config.output_adapter_path": f"{tmp_path}/rows.jsonl/inside: {tmp_path}/rows.jsonl is a file, not a folder",
+        "config.output_adapter_path": f"{tmp_path}/rows.jsonl/inside: {tmp_path}/rows.jsonl is a file, not a folder; "
+        "choose another",
         "config.trainer_options.strenght": "trainer t has no such option; it has strength",
     }
 

@@ -173,7 +173,7 @@ FAULTS: dict[str, Row] = {
     "unknown trainer": (lambda s: s.check(trainer="magic"), CONFIG, "config.trainer", "there are: offline, on_policy"),
     "unknown preset": (lambda s: s.client.create_run(s.values(), preset="turbo"), CONFIG, "preset", "there are fast, memory, quality"),
     "path as a name": (lambda s: s.check(run_id="../x"), CONFIG, "config.run_id", "letters, digits"),
-    "output below a file": (lambda s: s.check(output_adapter_path=f"{s.folder}/rows.jsonl/out"), CONFIG, "config.output_adapter_path", "is not a folder; choose another"),
+    "output below a file": (lambda s: s.check(output_adapter_path=f"{s.folder}/rows.jsonl/out"), CONFIG, "config.output_adapter_path", "is a file, not a folder; choose another"),
     "output name too long": (lambda s: s.check(output_adapter_path=f"{s.folder}/" + 300 * "n"), CONFIG, "config.output_adapter_path", "choose another folder"),
     # Scores and completions
     "id of no token": (lambda s: s.score(1, VOCABULARY), REQUEST, "sequences[0].tokens.token_ids", f"id {VOCABULARY} at place 1 is no token"),

@@ -48,17 +48,13 @@ async def test_an_accepted_run_has_a_plan_a_file_and_an_event(tmp_path: Path) ->
 @asynchronous
 async def test_every_fault_is_told_at_once_and_nothing_is_kept(tmp_path: Path) -> None:
     stage = Stage(tmp_path, faults=[FieldViolation("config.prompts_path", "line 3: not JSON")])
-    (tmp_path / "file").write_text("")
     async with stage.daemon() as daemon:
-        fault = await refusal(
-            daemon.create(batch_size=0, learning_rate=-1.0, nonsense=1, output_adapter_path=str(tmp_path / "file/out"))
-        )
+        fault = await refusal(daemon.create(batch_size=0, learning_rate=-1.0, nonsense=1))
         assert fault.reason is Reason.INVALID_RUN_CONFIG
         assert {violation.field for violation in fault.violations} == {
             "config.batch_size",
             "config.learning_rate",
             "config.nonsense",
-            "config.output_adapter_path",
             "config.prompts_path",
         }
         assert await daemon.runs.list() == ([], "")
