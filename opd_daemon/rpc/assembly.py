@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from opd_daemon.distill.planning import estimate
 from opd_daemon.distill.preflight import check_run
-from opd_daemon.errors import OpdError
+from opd_daemon.errors import OpdError, Reason
 from opd_daemon.events import EventLog
 from opd_daemon.home import Home
 from opd_daemon.plugins import PluginRegistry
@@ -26,6 +26,7 @@ from opd_daemon.types import Event, EventKind, Run, TeacherState
 log = logging.getLogger(__name__)
 
 PLUGIN_SECONDS = 5.0
+LOADING_POLL_SECONDS = 0.2
 ALL_RUNS = 500
 
 
@@ -51,14 +52,18 @@ class ResidentTeacher:
         return self.service.info.path if self.service.info else ""
 
     async def ensure(self, path: str) -> None:
-        """Load the teacher at `path` unless it is the present one. Raises what a load raises."""
-        if self.path() == path:
-            return
-        try:
-            async for _ in self.service.load(path):
-                pass
-        finally:
-            await self.announce()
+        """Load the teacher at `path` unless it is there, after any load under way. Raises what a load raises."""
+        while self.path() != path:
+            try:
+                async for _ in self.service.load(path):
+                    pass
+                return
+            except OpdError as error:
+                if error.reason is not Reason.TEACHER_LOADING:
+                    raise
+                await asyncio.sleep(LOADING_POLL_SECONDS)
+            finally:
+                await self.announce()
 
     async def announce(self, message: str = "") -> None:
         """Record the teacher's state as an event, if it has changed."""
@@ -138,10 +143,9 @@ class Daemon:
             log.error("the teacher was not loaded: %s", error)  # noqa: TRY400 - the message says it all
 
     async def teacher_users(self) -> list[str]:
-        """Runs that need the present teacher."""
+        """Runs that need the present teacher: all live ones, since runs with another teacher wait for them."""
         runs, _ = await self.runs.list(page_size=ALL_RUNS, states=LIVE)
-        path = self.teacher.path()
-        return [run.run_id for run in runs if run.config["teacher_model_path"] == path]
+        return [run.run_id for run in runs]
 
     async def all_runs(self) -> list[Run]:
         """Every run there is."""

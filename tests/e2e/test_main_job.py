@@ -168,3 +168,20 @@ def test_killed_daemon_leaves_no_process_and_finds_its_runs_again(
         wait_for(client, run.run_id, lambda run: run.state is RunState.RUNNING and run.step > found.step)
         client.stop(run.run_id)
         assert wait_for(client, run.run_id, lambda run: run.state.resting).state is RunState.STOPPED
+
+
+def test_a_run_waits_for_a_load_under_way_and_then_keeps_its_teacher(
+    daemon: DaemonProcess, tiny_teacher: Path, tiny_student: Path, prompts: Path
+) -> None:
+    with daemon.client() as client:
+        load = client.load_teacher(str(tiny_student))
+        next(load)
+        run, _ = client.create_run(configuration(tiny_teacher, tiny_student, prompts, num_steps=60))
+        wait_for(client, run.run_id, lambda run: run.step >= 1)
+        with pytest.raises(OpdError) as refusal:
+            client.unload_teacher()
+        assert refusal.value.reason is Reason.TEACHER_IN_USE
+        client.stop(run.run_id)
+        stopped = wait_for(client, run.run_id, lambda run: run.state.resting)
+        assert stopped.state is RunState.STOPPED, stopped.error_message
+        client.unload_teacher()
