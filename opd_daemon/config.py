@@ -36,7 +36,6 @@ PathText = Annotated[str, AfterValidator(_path)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 Divergence = Literal["reverse_kl", "forward_kl"]
 Support = Literal["student", "teacher"]

@@ -12,7 +12,6 @@ from typing import Any
 
 from opd_daemon.errors import OpdError, Reason
 
-ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 LARGEST_HEADER = 100_000_000
 
 

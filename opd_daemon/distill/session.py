@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from opd_daemon.config import RunConfig
@@ -21,7 +22,7 @@ from opd_daemon.home import RunFolders
 from opd_daemon.trainer import Reporter, Teacher, TrainContext, TrainerInfo
 from opd_daemon.vocabulary import compare_vocabularies, load_vocabulary
 
-OUT_OF_MEMORY = re.compile(r"unable to allocate|out of memory|insufficient memory|bad_alloc", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(r"malloc|unable to allocate|out of memory|insufficient memory|bad_alloc", re.IGNORECASE)
 
 
 def run_trainer(
@@ -41,7 +42,7 @@ def run_trainer(
         OpdError: with the reason of whatever went wrong; OUT_OF_MEMORY when MLX could not allocate.
     """
     limit_memory()
-    try:
+    with memory_faults_named(config):
         student = load_student(config)
         journal = Journal(reporter, folders, student.tokenizer.decode)
         masked = mask_unshared(config, teacher, student, journal)
@@ -72,6 +73,13 @@ def run_trainer(
         )
         reporter.started()
         return train(context, trainer)
+
+
+@contextmanager
+def memory_faults_named(config: RunConfig) -> Iterator[None]:
+    """Turn what MLX and Python raise when memory ends into OUT_OF_MEMORY with the cure."""
+    try:
+        yield
     except (RuntimeError, MemoryError) as fault:
         if isinstance(fault, MemoryError) or OUT_OF_MEMORY.search(str(fault)):
             message = "not enough memory for a training step; resume with a smaller batch_size"

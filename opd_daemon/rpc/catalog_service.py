@@ -27,13 +27,12 @@ class CatalogServicer(rpc.CatalogServiceServicer):
         self._all_runs = all_runs
 
     async def ListTrainers(self, request: pb.ListTrainersRequest, context: Context) -> pb.ListTrainersResponse:
-        owner = {name: plugin.name for plugin in self._plugins.loaded for name in plugin.trainers}
         trainers = [
             pb.Trainer(
                 name=trainer.name,
                 version=trainer.version,
                 summary=trainer.summary,
-                plugin=owner.get(trainer.name, ""),
+                plugin=self._plugins.plugin_of_trainer(trainer.name),
                 options_schema=struct_to_proto(trainer.options.model_json_schema()),
             )
             for _, trainer in sorted(self._plugins.trainers.items())

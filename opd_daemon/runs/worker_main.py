@@ -202,9 +202,7 @@ def _in_background(target: Any, *arguments: Any) -> None:
 def _as_opd_error(error: BaseException) -> OpdError:
     if isinstance(error, OpdError):
         return error
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError) or "malloc" in text or "bad_alloc" in text or "Insufficient Memory" in text:
-        return OpdError(Reason.OUT_OF_MEMORY, "out of memory; resume with a smaller batch_size and more accumulation")
+    text = " ".join(f"{type(error).__name__}: {error}".split())
     return OpdError(Reason.TRAINER_FAILED, f"the trainer failed: {text}; the run's log has the details")
 
 
