@@ -37,9 +37,12 @@ Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-Divergence = Literal["reverse_kl", "forward_kl"]
-Support = Literal["student", "teacher"]
+Signal = Literal["exact", "sparse", "sampled"]
+Support = Literal["student", "teacher", "union"]
+LossMean = Literal["token", "sequence"]
 Schedule = Literal["cosine", "linear", "constant"]
+OptimizerName = Literal["adamw", "adam", "adafactor", "lion", "muon", "sgd"]
+Backward = Literal["auto", "plain", "checkpoint", "layerwise"]
 
 
 class LoraConfig(BaseModel):
@@ -54,6 +57,7 @@ class LoraConfig(BaseModel):
     keys: list[str] | None = Field(
         None, description="Names inside a block, such as self_attn.q_proj; None: every linear."
     )
+    dora: bool = Field(False, description="Train a magnitude per output beside the low-rank product (DoRA).")
 
 
 class RunConfig(BaseModel):
@@ -92,12 +96,29 @@ class RunConfig(BaseModel):
     lr_schedule: Schedule = "cosine"
     max_grad_norm: Positive = 1.0
     weight_decay: NonNegative = 0.0
-
-    divergence: Divergence = "reverse_kl"
-    support: Support = Field(
-        "student", description="Whose likely ids carry the sparse divergence; a tail carries the rest."
+    optimizer: OptimizerName = "adamw"
+    optimizer_options: dict[str, Any] = Field(default_factory=dict, description="By mlx's names, such as betas.")
+    max_batch_tokens: Annotated[int, Field(ge=0, le=10_000_000)] = Field(
+        0, description="Most tokens of a micro-batch, padding included; 0: batch_size alone decides."
     )
-    top_k: Annotated[int, Field(ge=1, le=1024)] = Field(64, description="Ids per position in the sparse divergence.")
+    backward: Backward = Field("auto", description="Keep activations, or compute them again; auto: what fits.")
+
+    divergence: str = Field("reverse_kl", min_length=1, description="Its name; ListDivergences shows them.")
+    divergence_options: dict[str, Any] = Field(default_factory=dict, description="Options of the divergence's own.")
+    signal: Signal = Field(
+        "exact", description="Full distributions, some ids per position with a tail, or the sampled token alone."
+    )
+    support: Support = Field(
+        "student", description="Signal sparse: whose likely ids carry the divergence; a tail carries the rest."
+    )
+    top_k: Annotated[int, Field(ge=1, le=1024)] = Field(64, description="Signal sparse: most ids per position.")
+    top_mass: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Signal sparse: as many ids as reach this mass, up to top_k; 0: always top_k."
+    )
+    exact_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="Other signals: share of tokens on which the approximation's error is measured."
+    )
+    loss_mean: LossMean = Field("token", description="What counts the same: every token, or every sequence.")
     temperature: Positive = Field(2.0, le=100.0, description="Of both distributions in the loss; times T².")
     kl_weight: NonNegative = 0.8
     ce_weight: NonNegative = 0.2
@@ -110,8 +131,23 @@ class RunConfig(BaseModel):
     checkpoint_every: Count = 100
     keep_last_n: Count = Field(3, description="Checkpoints kept besides best and final.")
     save_best_only: bool = False
+    early_stop_patience: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        0, description="End after so many evaluations without improvement; 0: never."
+    )
+    max_eval_samples: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        16, description="Held-out prompts evaluated on the student's own samples too."
+    )
+    eval_tasks: str = Field("", description="lm-evaluation-harness tasks at first and last evaluation, by commas.")
 
     use_cache: bool = Field(True, description="Look teacher results up in the daemon's cache and keep new ones.")
+    precompute: bool = Field(
+        False, description="Off-policy: the teacher computes everything first and is unloaded before the student loads."
+    )
+    teacher_template: Literal["student", "teacher"] = Field(
+        "student", description="Whose chat template renders what the teacher reads."
+    )
+    teacher_system_prompt: str = Field("", description="A system prompt only the teacher sees.")
+    worker_memory_limit_bytes: Annotated[int, Field(ge=0)] = Field(0, description="0: what the machine has.")
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     mixed_precision: bool = Field(True, description="Keep a 16-bit base in 16 bits; false loads it in float32.")
     lora: LoraConfig = LoraConfig()

@@ -24,6 +24,7 @@ class RunFolders:
     rollouts: Path
     train_metrics: Path
     eval_metrics: Path
+    report: Path
     worker_log: Path
 
 
@@ -91,5 +92,6 @@ class Home:
             rollouts=self.root / "student_rollouts" / f"{run_id}.jsonl",
             train_metrics=self.root / "metrics" / f"{run_id}_train.jsonl",
             eval_metrics=self.root / "metrics" / f"{run_id}_eval.jsonl",
+            report=self.root / "reports" / f"{run_id}.html",
             worker_log=self.logs / f"{run_id}.log",
         )

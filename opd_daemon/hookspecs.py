@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from opd_daemon.trainer import TrainerInfo
+    from opd_daemon.trainer import DivergenceInfo, TrainerInfo
     from opd_daemon.types import Event, Run
 
 PROJECT = "opd_daemon"
@@ -27,6 +27,12 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 @hookspec
 def opd_trainers() -> Iterable[TrainerInfo]:
     """Return the trainers this plugin offers. A name that is already taken is refused and reported."""
+    raise NotImplementedError
+
+
+@hookspec
+def opd_divergences() -> Iterable[DivergenceInfo]:
+    """Return the divergences this plugin offers. A name that is already taken is refused and reported."""
     raise NotImplementedError
 
 

@@ -16,6 +16,7 @@ from opd_daemon.types import CachedScores, EventKind, GeneratedToken, GenerateRe
 if TYPE_CHECKING:
     from opd_daemon.distill.data import PromptSet
     from opd_daemon.distill.loop import TrainingLoop
+    from opd_daemon.distill.objective import Objective
     from opd_daemon.distill.student import Student
 
 
@@ -35,13 +36,34 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainerInfo:
-    """A trainer as plugins register it. `factory` is called in the worker only, so it may import heavy modules."""
+    """A trainer as plugins register it. `factory` is called in the worker only, so it may import heavy modules.
+
+    on_policy: it trains on the student's own samples, so the best checkpoint is chosen on such; else it trains on
+    completions that don't depend on the student. uses_teacher: false for one that needs no teacher to train.
+    """
 
     name: str
     version: str
     summary: str
     factory: Callable[[], Trainer]
     options: type[BaseModel] = NoOptions
+    on_policy: bool = False
+    uses_teacher: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DivergenceInfo:
+    """A divergence as plugins register it (see `opd_daemon.distill.divergences` for what `factory` returns).
+
+    `factory` gets the options, and the temperature, and is called in the worker only, so it may import heavy modules.
+    signals: of "exact", "sparse", "sampled", those it can be computed from.
+    """
+
+    name: str
+    summary: str
+    factory: Callable[..., Any]
+    options: type[BaseModel] = NoOptions
+    signals: tuple[str, ...] = ("exact", "sparse")
 
 
 class RunRefused(Exception):
@@ -74,7 +96,8 @@ class TeacherHead:
     """Weights that turn hidden states into logits, exactly as the teacher holds them.
 
     tensors: name → numpy array (bfloat16 as uint16 bit patterns, see `dtypes`): `weight` (V, D) and, where quantised,
-    `scales`, `biases`; optional `bias` (V,). group_size and bits are 0 when the head is not quantised.
+    `scales`, `biases`; optional `bias` (V,). group_size and bits are 0 when the head is not quantised. logits are
+    logit_scale · z, or soft_cap · tanh(logit_scale · z / soft_cap) where soft_cap is not 0.
     """
 
     tensors: dict[str, Any]
@@ -82,6 +105,8 @@ class TeacherHead:
     group_size: int = 0
     bits: int = 0
     mode: str = "affine"
+    logit_scale: float = 1.0
+    soft_cap: float = 0.0
 
 
 class Reporter(Protocol):
@@ -105,7 +130,8 @@ class TrainContext:
     """Everything a trainer needs.
 
     `loop` yields the steps still to do and takes care of schedule, accumulation, clipping, evaluation, checkpoints,
-    metrics and stopping, so a trainer only says what one step does.
+    metrics and stopping, so a trainer only says what one step does. `objective` is the loss the configuration asks for.
+    `micro_batch_size`: most sequences in a micro-batch; less than `config.batch_size` after memory ran out.
     """
 
     run_id: str
@@ -115,8 +141,15 @@ class TrainContext:
     teacher: Teacher
     student: Student
     prompts: PromptSet
+    objective: Objective
     loop: TrainingLoop
     reporter: Reporter
     should_stop: Callable[[], bool]
     resume_from: Path | None = None
     masked_token_ids: tuple[int, ...] = field(default=())
+    memory_halvings: int = 0
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Most sequences in a micro-batch."""
+        return max(1, self.config.batch_size >> self.memory_halvings)

@@ -214,8 +214,22 @@ RESTING = RESUMABLE | {RunState.SUCCEEDED}
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedBytes:
+    """One part of what a run takes. process: "daemon" or "worker", empty for disk."""
+
+    process: str
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run will take, computed before anything loads: `assumptions` says in words what was assumed."""
+    """What a run will take, computed before anything loads.
+
+    phases: seconds by phase, over all steps. memory, disk: the peaks by part; parts of one process that never live
+    together are not added up. assumptions, warnings, advice: sentences; advice says what to change. machine: planned
+    for, in words. calibrated: the rates were measured here, with models of these shapes.
+    """
 
     seconds: float
     daemon_peak_bytes: int
@@ -224,11 +238,22 @@ class Plan:
     available_bytes: int
     assumptions: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    phases: tuple[tuple[str, float], ...] = ()
+    memory: tuple[PlannedBytes, ...] = ()
+    disk: tuple[PlannedBytes, ...] = ()
+    advice: tuple[str, ...] = ()
+    machine: str = ""
+    calibrated: bool = False
 
     @property
     def peak_bytes(self) -> int:
         """Peak of daemon and worker together."""
         return self.daemon_peak_bytes + self.worker_peak_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether both fit into the memory there is."""
+        return self.peak_bytes <= self.available_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +279,8 @@ class Run:
     error_reason: str = ""
     error_message: str = ""
     attempt: int = 0
+    memory_halvings: int = 0
+    report_path: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,9 +333,12 @@ class StepMetrics:
     """One optimizer update. Losses and KLs in nats per token, at `temperature` where they are losses.
 
     kl_* describe the trained divergence per token, before T²: its mean, spread and extremes over the step's tokens.
-    forward_kl, reverse_kl, js_divergence: at temperature 1 over the sparse support with its tail (lower bounds of the
-    exact values). agreement: share of positions where both models' most likely token is the same; top5_agreement:
-    where the teacher's most likely token is among the student's five most likely.
+    forward_kl, reverse_kl, js_divergence: at temperature 1, over the whole vocabulary where `exact`, else over the
+    sparse support with its tail (lower bounds of the exact values). agreement: share of positions where both models'
+    most likely token is the same; top5_agreement: where the teacher's most likely token is among the student's five
+    most likely. bias_gap: exact minus approximate trained divergence per token, on bias_tokens tokens.
+    staleness: updates between the student that sampled and the one that was updated. *_peak_bytes: of the worker's
+    MLX in that phase. The rest is named as in the contract's StepMetrics.
     """
 
     step: int
@@ -345,6 +375,44 @@ class StepMetrics:
     peak_memory_bytes: int
     seconds_elapsed: float
     seconds_remaining: float
+    exact: bool = False
+    bias_gap: float | None = None
+    bias_tokens: int = 0
+    teacher_support_mass: float | None = None
+    student_support_mass: float | None = None
+    clipped_fraction: float = 0.0
+    repetition_fraction: float = 0.0
+    on_policy_fraction: float = 0.0
+    staleness: int = 0
+    micro_batches: int = 0
+    rollout_tokens_per_second: float = 0.0
+    teacher_tokens_per_second: float = 0.0
+    student_tokens_per_second: float = 0.0
+    rollout_peak_bytes: int = 0
+    teacher_peak_bytes: int = 0
+    student_peak_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Teacher and student compared on some tokens: nats per token and shares, at temperature 1.
+
+    acceptance: Σ min(student, teacher). half_widths: half the 95 % confidence interval of each mean, by name, with
+    completions as the independent draws. quartiles: the same by quarter of the position in the completion.
+    """
+
+    forward_kl: float
+    reverse_kl: float
+    js_divergence: float
+    agreement: float
+    top5_agreement: float
+    teacher_entropy: float
+    student_entropy: float
+    acceptance: float
+    tokens: int
+    samples: int
+    half_widths: dict[str, float] = field(default_factory=dict)
+    quartiles: tuple[Comparison, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,6 +421,8 @@ class EvaluationMetrics:
 
     `exact` tells whether the KLs are over the full vocabulary or, for a teacher whose head can't be split off, over
     the sparse support with its tail. checkpoint_path is empty when no checkpoint was written at this step.
+    on_teacher: the same with its uncertainty; on_student: on completions the student sampled at this step.
+    validation_kl: what the best checkpoint is chosen by. tasks: accuracy by task.
     """
 
     step: int
@@ -369,3 +439,7 @@ class EvaluationMetrics:
     seconds: float
     is_best: bool = False
     checkpoint_path: str = ""
+    on_teacher: Comparison | None = None
+    on_student: Comparison | None = None
+    validation_kl: float | None = None
+    tasks: dict[str, float] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +17,9 @@ import numpy.typing as npt
 from opd_daemon.distill.divergences import SparseSignal, at_temperature
 from opd_daemon.distill.rollouts import Rollout
 from opd_daemon.distill.scoring import TeacherTargets
+
+if TYPE_CHECKING:
+    from opd_daemon.trainer import TrainContext
 
 LENGTH_MULTIPLE = 16
 
@@ -62,6 +65,14 @@ class MicroBatch:
 
 
 def micro_batches(
+    context: TrainContext, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets], *, labels: Labels
+) -> Iterator[MicroBatch]:
+    """Pack rollouts and their targets into micro-batches of the run's size, sequences of like length together."""
+    size, temperature = context.micro_batch_size, context.config.temperature
+    return packed(rollouts, targets, size=size, temperature=temperature, labels=labels)
+
+
+def packed(
     rollouts: Sequence[Rollout],
     targets: Sequence[TeacherTargets],
     *,

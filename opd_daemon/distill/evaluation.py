@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from opd_daemon.config import RunConfig
-from opd_daemon.distill.batches import micro_batches, pad
+from opd_daemon.distill.batches import packed, pad
 from opd_daemon.distill.data import Prompt
 from opd_daemon.distill.exact import compare
 from opd_daemon.distill.objective import watch
 from opd_daemon.distill.planning import CHUNK_BYTES
 from opd_daemon.distill.rollouts import Rollout, sample_completions, teacher_completions
-from opd_daemon.distill.scoring import score
+from opd_daemon.distill.scoring import ask
 from opd_daemon.distill.student import Student
 from opd_daemon.distill.teacher_head import HeadMatrix, as_mlx
 from opd_daemon.errors import OpdError, Reason
@@ -118,8 +118,8 @@ class Evaluator:
         parts: list[Values] = []
         for start in range(0, len(self.rollouts), self.config.batch_size):
             rollouts = self.rollouts[start : start + self.config.batch_size]
-            targets = score(self.teacher, rollouts, self.config, self.masked_token_ids)
-            for batch in micro_batches(rollouts, targets, size=len(rollouts), temperature=1.0, labels="teacher"):
+            targets = ask(self.teacher, rollouts, self.config, self.masked_token_ids)
+            for batch in packed(rollouts, targets, size=len(rollouts), temperature=1.0, labels="teacher"):
                 logits = self.student.head(self.student.states_at(batch.tokens, batch.places))
                 values = {name: np.array(value) for name, value in watch(logits, batch.rows).items()}
                 values["teacher_entropy"] = np.concatenate([target.entropies for target in batch.targets])

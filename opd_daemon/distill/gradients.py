@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx import nn
 
-from opd_daemon.distill.batches import MicroBatch, Rows
-from opd_daemon.distill.objective import Objective, TokenValues, watch
-from opd_daemon.distill.planning import CHUNK_BYTES, KEPT_ARRAYS, KEPT_BYTES
+from opd_daemon.distill.batches import MicroBatch
+from opd_daemon.distill.head_loss import HeadGradient, head_gradient
+from opd_daemon.distill.objective import Objective
+from opd_daemon.distill.planning import KEPT_ARRAYS, KEPT_BYTES
 from opd_daemon.distill.student import Student
+
+if TYPE_CHECKING:
+    from opd_daemon.trainer import TrainContext
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,17 +34,13 @@ class BatchGradient:
     batch: MicroBatch
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class HeadGradient:
-    """Summed loss, values per token, and slope: the loss's gradient with respect to the states `(N, D)`, float32."""
-
-    loss: mx.array
-    values: TokenValues
-    slope: mx.array
+def backward(context: TrainContext, batch: MicroBatch) -> BatchGradient:
+    """Gradient of the run's objective, summed over the batch; dividing by the count is left to the optimizer step."""
+    return gradient(context.student, batch, context.objective)
 
 
-def backward(student: Student, batch: MicroBatch, objective: Objective) -> BatchGradient:
-    """Gradient of the objective's sum over the batch; dividing by the count is left to the optimizer step.
+def gradient(student: Student, batch: MicroBatch, objective: Objective) -> BatchGradient:
+    """Gradient of an objective's sum over the batch.
 
     The head is outside the gradient's graph: the loss's slope at the hidden states is found chunk by chunk, then
     pulled through the model. Where the graph of the forward is small it is kept meanwhile, else built a second time.
@@ -64,25 +64,3 @@ def backward(student: Student, batch: MicroBatch, objective: Objective) -> Batch
     values = {name: np.array(value) for name, value in head.values.items()}
     values["teacher_entropy"] = np.concatenate([target.entropies for target in batch.targets])
     return BatchGradient(gradients, float(head.loss), float(batch.rows.mask.sum()), values, batch)
-
-
-def head_gradient(student: Student, states: mx.array, rows: Rows, objective: Objective) -> HeadGradient:
-    """Loss and slope at the hidden states `(N, D)`, evaluated a chunk at a time, so one chunk's logits are alive."""
-
-    def loss(chunk: mx.array, part: Rows) -> tuple[mx.array, TokenValues]:
-        logits = student.head(chunk)
-        total, values = objective(logits, part)
-        return total, values | watch(logits, part)
-
-    mx.eval(states)
-    gradient = mx.value_and_grad(loss)
-    size = max(16, CHUNK_BYTES // (student.width * 4))
-    totals, parts, slopes = [], [], []
-    for start in range(0, len(rows), size):
-        (total, values), slope = gradient(states[start : start + size], rows.part(start, start + size))
-        mx.eval(total, values, slope)
-        totals.append(total)
-        parts.append(values)
-        slopes.append(slope.astype(mx.float32))
-    joined = {name: mx.concatenate([values[name] for values in parts]) for name in parts[0]}
-    return HeadGradient(mx.stack(totals).sum(), joined, mx.concatenate(slopes))

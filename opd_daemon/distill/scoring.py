@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from opd_daemon.config import RunConfig
 from opd_daemon.distill.rollouts import Rollout
 from opd_daemon.errors import OpdError, Reason
-from opd_daemon.trainer import Teacher
+from opd_daemon.trainer import Teacher, TrainContext
 from opd_daemon.types import CachedScores, Float32, Int32, ScoreRequest, ScoreWants
 
 
@@ -29,7 +29,12 @@ class TeacherTargets:
     cached: bool
 
 
-def score(
+def score(context: TrainContext, rollouts: Sequence[Rollout]) -> list[TeacherTargets]:
+    """Let the teacher score every completion token with what the run's objective needs, one target per rollout."""
+    return ask(context.teacher, rollouts, context.config, context.masked_token_ids)
+
+
+def ask(
     teacher: Teacher, rollouts: Sequence[Rollout], config: RunConfig, masked_token_ids: tuple[int, ...] = ()
 ) -> list[TeacherTargets]:
     """Let the teacher score every completion token, one target per rollout.

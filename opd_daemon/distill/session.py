@@ -15,6 +15,7 @@ from opd_daemon.distill.journal import Journal
 from opd_daemon.distill.logits import on_host
 from opd_daemon.distill.loop import TrainingLoop
 from opd_daemon.distill.memory import limit_memory
+from opd_daemon.distill.objective import Objective
 from opd_daemon.distill.step import StopRequested
 from opd_daemon.distill.student import Student
 from opd_daemon.errors import OpdError, Reason
@@ -65,6 +66,7 @@ def run_trainer(
             teacher=teacher,
             student=student,
             prompts=prompts,
+            objective=Objective.from_config(config),
             loop=loop,
             reporter=reporter,
             should_stop=should_stop,

@@ -40,6 +40,9 @@ class CatalogServicer(rpc.CatalogServiceServicer):
         schema = struct_to_proto(RunConfig.model_json_schema())
         return pb.ListTrainersResponse(trainers=trainers, config_schema=schema)
 
+    async def ListDivergences(self, request: pb.ListDivergencesRequest, context: Context) -> pb.ListDivergencesResponse:
+        return pb.ListDivergencesResponse()
+
     async def ListPlugins(self, request: pb.ListPluginsRequest, context: Context) -> pb.ListPluginsResponse:
         loaded = [
             pb.Plugin(

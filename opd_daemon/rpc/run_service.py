@@ -119,6 +119,12 @@ class RunServicer(rpc.RunServiceServicer):
             async for item in items:
                 yield _watch_response(item)
 
+    async def DownloadReport(
+        self, request: pb.DownloadReportRequest, context: Context
+    ) -> AsyncIterator[pb.DownloadReportResponse]:
+        raise OpdError(Reason.NOT_IMPLEMENTED, "reports are not available in this version")
+        yield  # an async generator, as its signature promises
+
     async def CompareModels(
         self, request: pb.CompareModelsRequest, context: Context
     ) -> AsyncIterator[pb.CompareModelsResponse]:

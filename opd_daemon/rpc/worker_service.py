@@ -35,6 +35,11 @@ class WorkerServicer(rpc.WorkerServiceServicer):
             await self._take(run_id, message)
         return pb.ReportEventsResponse(revision=await self._events.revision())
 
+    async def ReportComparison(
+        self, request: AsyncIterator[pb.ReportComparisonRequest], context: Context
+    ) -> pb.ReportComparisonResponse:
+        raise OpdError(Reason.NOT_IMPLEMENTED, "comparing models is not available in this version")
+
     async def AcquireLease(
         self, request: pb.AcquireLeaseRequest, context: Context
     ) -> AsyncIterator[pb.AcquireLeaseResponse]:

@@ -26,7 +26,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from opd_daemon.v1 import run_pb2 as opd__daemon_dot_v1_dot_run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bopd_daemon/v1/catalog.proto\x12\ropd_daemon.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x17opd_daemon/v1/run.proto\"z\n\x07Trainer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07summary\x18\x03 \x01(\t\x12\x0e\n\x06plugin\x18\x04 \x01(\t\x12/\n\x0eoptions_schema\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\"\x15\n\x13ListTrainersRequest\"p\n\x14ListTrainersResponse\x12(\n\x08trainers\x18\x01 \x03(\x0b\x32\x16.opd_daemon.v1.Trainer\x12.\n\rconfig_schema\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\"\x85\x01\n\x06Plugin\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64istribution\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\r\n\x05hooks\x18\x04 \x03(\t\x12\x10\n\x08trainers\x18\x05 \x03(\t\x12\x16\n\x0eimport_seconds\x18\x06 \x01(\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"\x14\n\x12ListPluginsRequest\"=\n\x13ListPluginsResponse\x12&\n\x07plugins\x18\x01 \x03(\x0b\x32\x15.opd_daemon.v1.Plugin\"j\n\x05Model\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x04 \x01(\x03\x12\x19\n\x11quantization_bits\x18\x05 \x01(\x05\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.opd_daemon.v1.Model\"X\n\x07\x41\x64\x61pter\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12\r\n\x05\x62ytes\x18\x05 \x01(\x03\"\x15\n\x13ListAdaptersRequest\"@\n\x14ListAdaptersResponse\x12(\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x16.opd_daemon.v1.Adapter\"Q\n\x06Preset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12(\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x18.opd_daemon.v1.RunConfig\"\x14\n\x12ListPresetsRequest\"=\n\x13ListPresetsResponse\x12&\n\x07presets\x18\x01 \x03(\x0b\x32\x15.opd_daemon.v1.Preset2\xc1\x03\n\x0e\x43\x61talogService\x12W\n\x0cListTrainers\x12\".opd_daemon.v1.ListTrainersRequest\x1a#.opd_daemon.v1.ListTrainersResponse\x12T\n\x0bListPlugins\x12!.opd_daemon.v1.ListPluginsRequest\x1a\".opd_daemon.v1.ListPluginsResponse\x12Q\n\nListModels\x12 .opd_daemon.v1.ListModelsRequest\x1a!.opd_daemon.v1.ListModelsResponse\x12W\n\x0cListAdapters\x12\".opd_daemon.v1.ListAdaptersRequest\x1a#.opd_daemon.v1.ListAdaptersResponse\x12T\n\x0bListPresets\x12!.opd_daemon.v1.ListPresetsRequest\x1a\".opd_daemon.v1.ListPresetsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bopd_daemon/v1/catalog.proto\x12\ropd_daemon.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x17opd_daemon/v1/run.proto\"z\n\x07Trainer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07summary\x18\x03 \x01(\t\x12\x0e\n\x06plugin\x18\x04 \x01(\t\x12/\n\x0eoptions_schema\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\"\x15\n\x13ListTrainersRequest\"p\n\x14ListTrainersResponse\x12(\n\x08trainers\x18\x01 \x03(\x0b\x32\x16.opd_daemon.v1.Trainer\x12.\n\rconfig_schema\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\"}\n\nDivergence\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x0f\n\x07signals\x18\x03 \x03(\t\x12/\n\x0eoptions_schema\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x0e\n\x06plugin\x18\x05 \x01(\t\"\x18\n\x16ListDivergencesRequest\"I\n\x17ListDivergencesResponse\x12.\n\x0b\x64ivergences\x18\x01 \x03(\x0b\x32\x19.opd_daemon.v1.Divergence\"\x9a\x01\n\x06Plugin\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64istribution\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\r\n\x05hooks\x18\x04 \x03(\t\x12\x10\n\x08trainers\x18\x05 \x03(\t\x12\x16\n\x0eimport_seconds\x18\x06 \x01(\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x13\n\x0b\x64ivergences\x18\x08 \x03(\t\"\x14\n\x12ListPluginsRequest\"=\n\x13ListPluginsResponse\x12&\n\x07plugins\x18\x01 \x03(\x0b\x32\x15.opd_daemon.v1.Plugin\"j\n\x05Model\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x14\n\x0cweight_bytes\x18\x04 \x01(\x03\x12\x19\n\x11quantization_bits\x18\x05 \x01(\x05\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.opd_daemon.v1.Model\"X\n\x07\x41\x64\x61pter\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x12\n\nbase_model\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\x05\x12\r\n\x05\x62ytes\x18\x05 \x01(\x03\"\x15\n\x13ListAdaptersRequest\"@\n\x14ListAdaptersResponse\x12(\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x16.opd_daemon.v1.Adapter\"Q\n\x06Preset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12(\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x18.opd_daemon.v1.RunConfig\"\x14\n\x12ListPresetsRequest\"=\n\x13ListPresetsResponse\x12&\n\x07presets\x18\x01 \x03(\x0b\x32\x15.opd_daemon.v1.Preset2\xa3\x04\n\x0e\x43\x61talogService\x12W\n\x0cListTrainers\x12\".opd_daemon.v1.ListTrainersRequest\x1a#.opd_daemon.v1.ListTrainersResponse\x12`\n\x0fListDivergences\x12%.opd_daemon.v1.ListDivergencesRequest\x1a&.opd_daemon.v1.ListDivergencesResponse\x12T\n\x0bListPlugins\x12!.opd_daemon.v1.ListPluginsRequest\x1a\".opd_daemon.v1.ListPluginsResponse\x12Q\n\nListModels\x12 .opd_daemon.v1.ListModelsRequest\x1a!.opd_daemon.v1.ListModelsResponse\x12W\n\x0cListAdapters\x12\".opd_daemon.v1.ListAdaptersRequest\x1a#.opd_daemon.v1.ListAdaptersResponse\x12T\n\x0bListPresets\x12!.opd_daemon.v1.ListPresetsRequest\x1a\".opd_daemon.v1.ListPresetsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,30 +39,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTTRAINERSREQUEST']._serialized_end=246
   _globals['_LISTTRAINERSRESPONSE']._serialized_start=248
   _globals['_LISTTRAINERSRESPONSE']._serialized_end=360
-  _globals['_PLUGIN']._serialized_start=363
-  _globals['_PLUGIN']._serialized_end=496
-  _globals['_LISTPLUGINSREQUEST']._serialized_start=498
-  _globals['_LISTPLUGINSREQUEST']._serialized_end=518
-  _globals['_LISTPLUGINSRESPONSE']._serialized_start=520
-  _globals['_LISTPLUGINSRESPONSE']._serialized_end=581
-  _globals['_MODEL']._serialized_start=583
-  _globals['_MODEL']._serialized_end=689
-  _globals['_LISTMODELSREQUEST']._serialized_start=691
-  _globals['_LISTMODELSREQUEST']._serialized_end=710
-  _globals['_LISTMODELSRESPONSE']._serialized_start=712
-  _globals['_LISTMODELSRESPONSE']._serialized_end=770
-  _globals['_ADAPTER']._serialized_start=772
-  _globals['_ADAPTER']._serialized_end=860
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=862
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=883
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=885
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=949
-  _globals['_PRESET']._serialized_start=951
-  _globals['_PRESET']._serialized_end=1032
-  _globals['_LISTPRESETSREQUEST']._serialized_start=1034
-  _globals['_LISTPRESETSREQUEST']._serialized_end=1054
-  _globals['_LISTPRESETSRESPONSE']._serialized_start=1056
-  _globals['_LISTPRESETSRESPONSE']._serialized_end=1117
-  _globals['_CATALOGSERVICE']._serialized_start=1120
-  _globals['_CATALOGSERVICE']._serialized_end=1569
+  _globals['_DIVERGENCE']._serialized_start=362
+  _globals['_DIVERGENCE']._serialized_end=487
+  _globals['_LISTDIVERGENCESREQUEST']._serialized_start=489
+  _globals['_LISTDIVERGENCESREQUEST']._serialized_end=513
+  _globals['_LISTDIVERGENCESRESPONSE']._serialized_start=515
+  _globals['_LISTDIVERGENCESRESPONSE']._serialized_end=588
+  _globals['_PLUGIN']._serialized_start=591
+  _globals['_PLUGIN']._serialized_end=745
+  _globals['_LISTPLUGINSREQUEST']._serialized_start=747
+  _globals['_LISTPLUGINSREQUEST']._serialized_end=767
+  _globals['_LISTPLUGINSRESPONSE']._serialized_start=769
+  _globals['_LISTPLUGINSRESPONSE']._serialized_end=830
+  _globals['_MODEL']._serialized_start=832
+  _globals['_MODEL']._serialized_end=938
+  _globals['_LISTMODELSREQUEST']._serialized_start=940
+  _globals['_LISTMODELSREQUEST']._serialized_end=959
+  _globals['_LISTMODELSRESPONSE']._serialized_start=961
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1019
+  _globals['_ADAPTER']._serialized_start=1021
+  _globals['_ADAPTER']._serialized_end=1109
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1111
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1132
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1134
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1198
+  _globals['_PRESET']._serialized_start=1200
+  _globals['_PRESET']._serialized_end=1281
+  _globals['_LISTPRESETSREQUEST']._serialized_start=1283
+  _globals['_LISTPRESETSREQUEST']._serialized_end=1303
+  _globals['_LISTPRESETSRESPONSE']._serialized_start=1305
+  _globals['_LISTPRESETSRESPONSE']._serialized_end=1366
+  _globals['_CATALOGSERVICE']._serialized_start=1369
+  _globals['_CATALOGSERVICE']._serialized_end=1916
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,11 @@ class CatalogServiceStub(object):
                 request_serializer=opd__daemon_dot_v1_dot_catalog__pb2.ListTrainersRequest.SerializeToString,
                 response_deserializer=opd__daemon_dot_v1_dot_catalog__pb2.ListTrainersResponse.FromString,
                 _registered_method=True)
+        self.ListDivergences = channel.unary_unary(
+                '/opd_daemon.v1.CatalogService/ListDivergences',
+                request_serializer=opd__daemon_dot_v1_dot_catalog__pb2.ListDivergencesRequest.SerializeToString,
+                response_deserializer=opd__daemon_dot_v1_dot_catalog__pb2.ListDivergencesResponse.FromString,
+                _registered_method=True)
         self.ListPlugins = channel.unary_unary(
                 '/opd_daemon.v1.CatalogService/ListPlugins',
                 request_serializer=opd__daemon_dot_v1_dot_catalog__pb2.ListPluginsRequest.SerializeToString,
@@ -68,6 +73,13 @@ class CatalogServiceServicer(object):
 
     def ListTrainers(self, request, context):
         """Trainers, each with the JSON Schema of its options.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDivergences(self, request, context):
+        """Divergences, each with the JSON Schema of its options.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +120,11 @@ def add_CatalogServiceServicer_to_server(servicer, server):
                     servicer.ListTrainers,
                     request_deserializer=opd__daemon_dot_v1_dot_catalog__pb2.ListTrainersRequest.FromString,
                     response_serializer=opd__daemon_dot_v1_dot_catalog__pb2.ListTrainersResponse.SerializeToString,
+            ),
+            'ListDivergences': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDivergences,
+                    request_deserializer=opd__daemon_dot_v1_dot_catalog__pb2.ListDivergencesRequest.FromString,
+                    response_serializer=opd__daemon_dot_v1_dot_catalog__pb2.ListDivergencesResponse.SerializeToString,
             ),
             'ListPlugins': grpc.unary_unary_rpc_method_handler(
                     servicer.ListPlugins,
@@ -158,6 +175,33 @@ class CatalogService(object):
             '/opd_daemon.v1.CatalogService/ListTrainers',
             opd__daemon_dot_v1_dot_catalog__pb2.ListTrainersRequest.SerializeToString,
             opd__daemon_dot_v1_dot_catalog__pb2.ListTrainersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDivergences(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/opd_daemon.v1.CatalogService/ListDivergences',
+            opd__daemon_dot_v1_dot_catalog__pb2.ListDivergencesRequest.SerializeToString,
+            opd__daemon_dot_v1_dot_catalog__pb2.ListDivergencesResponse.FromString,
             options,
             channel_credentials,
             insecure,

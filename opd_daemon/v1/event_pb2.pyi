@@ -278,6 +278,22 @@ class StepMetrics(_message.Message):
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     SECONDS_ELAPSED_FIELD_NUMBER: _builtins.int
     SECONDS_REMAINING_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    BIAS_GAP_FIELD_NUMBER: _builtins.int
+    BIAS_TOKENS_FIELD_NUMBER: _builtins.int
+    TEACHER_SUPPORT_MASS_FIELD_NUMBER: _builtins.int
+    STUDENT_SUPPORT_MASS_FIELD_NUMBER: _builtins.int
+    CLIPPED_FRACTION_FIELD_NUMBER: _builtins.int
+    REPETITION_FRACTION_FIELD_NUMBER: _builtins.int
+    ON_POLICY_FRACTION_FIELD_NUMBER: _builtins.int
+    STALENESS_FIELD_NUMBER: _builtins.int
+    MICRO_BATCHES_FIELD_NUMBER: _builtins.int
+    ROLLOUT_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    TEACHER_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    STUDENT_TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    ROLLOUT_PEAK_BYTES_FIELD_NUMBER: _builtins.int
+    TEACHER_PEAK_BYTES_FIELD_NUMBER: _builtins.int
+    STUDENT_PEAK_BYTES_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The step, from 1."""
     total_steps: _builtins.int
@@ -346,6 +362,40 @@ class StepMetrics(_message.Message):
     """Training time so far, over all attempts."""
     seconds_remaining: _builtins.float
     """Expected time to the end, from measured steps."""
+    exact: _builtins.bool
+    """Whether the KLs of this step are over the full vocabulary; else they are over the sparse support: lower bounds."""
+    bias_gap: _builtins.float
+    """The approximation's error, where the exact value was computed too: exact minus approximate trained divergence per token,
+    nats; absent with signal "exact".
+    """
+    bias_tokens: _builtins.int
+    """Tokens it was measured on."""
+    teacher_support_mass: _builtins.float
+    """With signal "sparse": mean mass of the teacher on the ids that carry the divergence …"""
+    student_support_mass: _builtins.float
+    """… and of the student."""
+    clipped_fraction: _builtins.float
+    """Share of the tokens whose divergence was clipped."""
+    repetition_fraction: _builtins.float
+    """Share of the completions that the repetition guard ended."""
+    on_policy_fraction: _builtins.float
+    """Share of the sequences that the student sampled itself."""
+    staleness: _builtins.int
+    """Updates between the student that sampled and the student that was updated."""
+    micro_batches: _builtins.int
+    """Micro-batches of this step."""
+    rollout_tokens_per_second: _builtins.float
+    """Completion tokens a second while sampling."""
+    teacher_tokens_per_second: _builtins.float
+    """Completion tokens a second while the teacher scored."""
+    student_tokens_per_second: _builtins.float
+    """Tokens a second of forward, backward and update, prompts included."""
+    rollout_peak_bytes: _builtins.int
+    """Peak of the worker's MLX while sampling …"""
+    teacher_peak_bytes: _builtins.int
+    """… while the teacher scored …"""
+    student_peak_bytes: _builtins.int
+    """… and while training."""
     def __init__(
         self,
         *,
@@ -383,20 +433,159 @@ class StepMetrics(_message.Message):
         peak_memory_bytes: _builtins.int = ...,
         seconds_elapsed: _builtins.float = ...,
         seconds_remaining: _builtins.float = ...,
+        exact: _builtins.bool = ...,
+        bias_gap: _builtins.float | None = ...,
+        bias_tokens: _builtins.int = ...,
+        teacher_support_mass: _builtins.float | None = ...,
+        student_support_mass: _builtins.float | None = ...,
+        clipped_fraction: _builtins.float = ...,
+        repetition_fraction: _builtins.float = ...,
+        on_policy_fraction: _builtins.float = ...,
+        staleness: _builtins.int = ...,
+        micro_batches: _builtins.int = ...,
+        rollout_tokens_per_second: _builtins.float = ...,
+        teacher_tokens_per_second: _builtins.float = ...,
+        student_tokens_per_second: _builtins.float = ...,
+        rollout_peak_bytes: _builtins.int = ...,
+        teacher_peak_bytes: _builtins.int = ...,
+        student_peak_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bias_gap", b"_bias_gap", "_student_support_mass", b"_student_support_mass", "_teacher_support_mass", b"_teacher_support_mass", "bias_gap", b"bias_gap", "student_support_mass", b"student_support_mass", "teacher_support_mass", b"teacher_support_mass"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_memory_bytes", b"active_memory_bytes", "agreement", b"agreement", "cache_hits", b"cache_hits", "cache_misses", b"cache_misses", "ce_loss", b"ce_loss", "completion_length", b"completion_length", "forward_kl", b"forward_kl", "grad_norm", b"grad_norm", "js_divergence", b"js_divergence", "kl_loss", b"kl_loss", "kl_max", b"kl_max", "kl_mean", b"kl_mean", "kl_min", b"kl_min", "kl_std", b"kl_std", "learning_rate", b"learning_rate", "loss", b"loss", "peak_memory_bytes", b"peak_memory_bytes", "reverse_kl", b"reverse_kl", "rollout_milliseconds", b"rollout_milliseconds", "samples", b"samples", "seconds_elapsed", b"seconds_elapsed", "seconds_remaining", b"seconds_remaining", "step", b"step", "step_milliseconds", b"step_milliseconds", "student_entropy", b"student_entropy", "student_milliseconds", b"student_milliseconds", "teacher_entropy", b"teacher_entropy", "teacher_milliseconds", b"teacher_milliseconds", "temperature", b"temperature", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "top5_agreement", b"top5_agreement", "total_steps", b"total_steps", "truncated_fraction", b"truncated_fraction"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bias_gap", b"_bias_gap", "_student_support_mass", b"_student_support_mass", "_teacher_support_mass", b"_teacher_support_mass", "active_memory_bytes", b"active_memory_bytes", "agreement", b"agreement", "bias_gap", b"bias_gap", "bias_tokens", b"bias_tokens", "cache_hits", b"cache_hits", "cache_misses", b"cache_misses", "ce_loss", b"ce_loss", "clipped_fraction", b"clipped_fraction", "completion_length", b"completion_length", "exact", b"exact", "forward_kl", b"forward_kl", "grad_norm", b"grad_norm", "js_divergence", b"js_divergence", "kl_loss", b"kl_loss", "kl_max", b"kl_max", "kl_mean", b"kl_mean", "kl_min", b"kl_min", "kl_std", b"kl_std", "learning_rate", b"learning_rate", "loss", b"loss", "micro_batches", b"micro_batches", "on_policy_fraction", b"on_policy_fraction", "peak_memory_bytes", b"peak_memory_bytes", "repetition_fraction", b"repetition_fraction", "reverse_kl", b"reverse_kl", "rollout_milliseconds", b"rollout_milliseconds", "rollout_peak_bytes", b"rollout_peak_bytes", "rollout_tokens_per_second", b"rollout_tokens_per_second", "samples", b"samples", "seconds_elapsed", b"seconds_elapsed", "seconds_remaining", b"seconds_remaining", "staleness", b"staleness", "step", b"step", "step_milliseconds", b"step_milliseconds", "student_entropy", b"student_entropy", "student_milliseconds", b"student_milliseconds", "student_peak_bytes", b"student_peak_bytes", "student_support_mass", b"student_support_mass", "student_tokens_per_second", b"student_tokens_per_second", "teacher_entropy", b"teacher_entropy", "teacher_milliseconds", b"teacher_milliseconds", "teacher_peak_bytes", b"teacher_peak_bytes", "teacher_support_mass", b"teacher_support_mass", "teacher_tokens_per_second", b"teacher_tokens_per_second", "temperature", b"temperature", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "top5_agreement", b"top5_agreement", "total_steps", b"total_steps", "truncated_fraction", b"truncated_fraction"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__bias_gap: _TypeAlias = _typing.Literal["bias_gap"]  # noqa: Y015
+    _WhichOneofArgType__bias_gap: _TypeAlias = _typing.Literal["_bias_gap", b"_bias_gap"]  # noqa: Y015
+    _WhichOneofReturnType__student_support_mass: _TypeAlias = _typing.Literal["student_support_mass"]  # noqa: Y015
+    _WhichOneofArgType__student_support_mass: _TypeAlias = _typing.Literal["_student_support_mass", b"_student_support_mass"]  # noqa: Y015
+    _WhichOneofReturnType__teacher_support_mass: _TypeAlias = _typing.Literal["teacher_support_mass"]  # noqa: Y015
+    _WhichOneofArgType__teacher_support_mass: _TypeAlias = _typing.Literal["_teacher_support_mass", b"_teacher_support_mass"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bias_gap) -> _WhichOneofReturnType__bias_gap | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__student_support_mass) -> _WhichOneofReturnType__student_support_mass | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__teacher_support_mass) -> _WhichOneofReturnType__teacher_support_mass | None: ...
 
 Global___StepMetrics: _TypeAlias = StepMetrics  # noqa: Y015
 
 @_typing.final
-class EvaluationMetrics(_message.Message):
-    """Student against teacher on held-out prompts, on the teacher's own greedy completions, at temperature 1."""
+class Comparison(_message.Message):
+    """Teacher and student compared on some tokens. KLs and entropies in nats per token, at temperature 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class HalfWidthsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    FORWARD_KL_FIELD_NUMBER: _builtins.int
+    REVERSE_KL_FIELD_NUMBER: _builtins.int
+    JS_DIVERGENCE_FIELD_NUMBER: _builtins.int
+    AGREEMENT_FIELD_NUMBER: _builtins.int
+    TOP5_AGREEMENT_FIELD_NUMBER: _builtins.int
+    TEACHER_ENTROPY_FIELD_NUMBER: _builtins.int
+    STUDENT_ENTROPY_FIELD_NUMBER: _builtins.int
+    ACCEPTANCE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    HALF_WIDTHS_FIELD_NUMBER: _builtins.int
+    QUARTILES_FIELD_NUMBER: _builtins.int
+    forward_kl: _builtins.float
+    """KL(teacher ‖ student)."""
+    reverse_kl: _builtins.float
+    """KL(student ‖ teacher)."""
+    js_divergence: _builtins.float
+    """Jensen–Shannon divergence."""
+    agreement: _builtins.float
+    """Share of positions where both models' most likely token is the same, 0 to 1."""
+    top5_agreement: _builtins.float
+    """Share of positions where the teacher's most likely token is among the student's five most likely, 0 to 1."""
+    teacher_entropy: _builtins.float
+    """Mean entropy of the teacher."""
+    student_entropy: _builtins.float
+    """Mean entropy of the student."""
+    acceptance: _builtins.float
+    """Expected share of the student's drafts that the teacher would accept, Σ min(student, teacher), 0 to 1."""
+    tokens: _builtins.int
+    """Tokens compared."""
+    samples: _builtins.int
+    """Completions compared."""
+    @_builtins.property
+    def half_widths(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Half the width of the 95 % confidence interval of each mean above, by its field's name; completions are the
+        independent draws. Empty with fewer than two.
+        """
+
+    @_builtins.property
+    def quartiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Comparison]:
+        """The same by quarter of the position in the completion, first to last; empty inside a quarter."""
+
+    def __init__(
+        self,
+        *,
+        forward_kl: _builtins.float = ...,
+        reverse_kl: _builtins.float = ...,
+        js_divergence: _builtins.float = ...,
+        agreement: _builtins.float = ...,
+        top5_agreement: _builtins.float = ...,
+        teacher_entropy: _builtins.float = ...,
+        student_entropy: _builtins.float = ...,
+        acceptance: _builtins.float = ...,
+        tokens: _builtins.int = ...,
+        samples: _builtins.int = ...,
+        half_widths: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        quartiles: _abc.Iterable[Global___Comparison] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance", b"acceptance", "agreement", b"agreement", "forward_kl", b"forward_kl", "half_widths", b"half_widths", "js_divergence", b"js_divergence", "quartiles", b"quartiles", "reverse_kl", b"reverse_kl", "samples", b"samples", "student_entropy", b"student_entropy", "teacher_entropy", b"teacher_entropy", "tokens", b"tokens", "top5_agreement", b"top5_agreement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
+
+@_typing.final
+class EvaluationMetrics(_message.Message):
+    """Student against teacher on held-out prompts, at temperature 1. The fields 2 to 8 are those of `on_teacher`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TasksEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     STEP_FIELD_NUMBER: _builtins.int
     FORWARD_KL_FIELD_NUMBER: _builtins.int
@@ -412,6 +601,10 @@ class EvaluationMetrics(_message.Message):
     SECONDS_FIELD_NUMBER: _builtins.int
     IS_BEST_FIELD_NUMBER: _builtins.int
     CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
+    ON_TEACHER_FIELD_NUMBER: _builtins.int
+    ON_STUDENT_FIELD_NUMBER: _builtins.int
+    VALIDATION_KL_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """After this many steps; 0 is the start."""
     forward_kl: _builtins.float
@@ -440,6 +633,20 @@ class EvaluationMetrics(_message.Message):
     """Whether this is the best so far by the trained divergence."""
     checkpoint_path: _builtins.str
     """Folder of the checkpoint of this step, empty when none was written."""
+    validation_kl: _builtins.float
+    """The divergence by which the best checkpoint is chosen: the trained one, on the completions the trainer trains on."""
+    @_builtins.property
+    def on_teacher(self) -> Global___Comparison:
+        """On the teacher's own greedy completions."""
+
+    @_builtins.property
+    def on_student(self) -> Global___Comparison:
+        """On completions the student sampled at this step; absent when max_eval_samples is 0."""
+
+    @_builtins.property
+    def tasks(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Accuracy by task, where eval_tasks asks for any."""
+
     def __init__(
         self,
         *,
@@ -457,10 +664,14 @@ class EvaluationMetrics(_message.Message):
         seconds: _builtins.float = ...,
         is_best: _builtins.bool = ...,
         checkpoint_path: _builtins.str = ...,
+        on_teacher: Global___Comparison | None = ...,
+        on_student: Global___Comparison | None = ...,
+        validation_kl: _builtins.float = ...,
+        tasks: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["on_student", b"on_student", "on_teacher", b"on_teacher"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "checkpoint_path", b"checkpoint_path", "exact", b"exact", "forward_kl", b"forward_kl", "is_best", b"is_best", "js_divergence", b"js_divergence", "reverse_kl", b"reverse_kl", "samples", b"samples", "seconds", b"seconds", "step", b"step", "student_entropy", b"student_entropy", "teacher_entropy", b"teacher_entropy", "tokens", b"tokens", "top5_agreement", b"top5_agreement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "checkpoint_path", b"checkpoint_path", "exact", b"exact", "forward_kl", b"forward_kl", "is_best", b"is_best", "js_divergence", b"js_divergence", "on_student", b"on_student", "on_teacher", b"on_teacher", "reverse_kl", b"reverse_kl", "samples", b"samples", "seconds", b"seconds", "step", b"step", "student_entropy", b"student_entropy", "tasks", b"tasks", "teacher_entropy", b"teacher_entropy", "tokens", b"tokens", "top5_agreement", b"top5_agreement", "validation_kl", b"validation_kl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

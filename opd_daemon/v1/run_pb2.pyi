@@ -58,6 +58,7 @@ class LoraConfig(_message.Message):
     DROPOUT_FIELD_NUMBER: _builtins.int
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
+    DORA_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """Rank. Default 16."""
     scale: _builtins.float
@@ -66,6 +67,8 @@ class LoraConfig(_message.Message):
     """Dropout before the adapter, 0 ≤ p < 1. Default 0."""
     num_layers: _builtins.int
     """Adapt this many last blocks; −1 adapts all. Default −1."""
+    dora: _builtins.bool
+    """Train a magnitude for each output beside the low-rank product (DoRA). Default false."""
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names inside a block, such as "self_attn.q_proj"; none adapts every linear layer."""
@@ -78,11 +81,14 @@ class LoraConfig(_message.Message):
         dropout: _builtins.float | None = ...,
         num_layers: _builtins.int | None = ...,
         keys: _abc.Iterable[_builtins.str] | None = ...,
+        dora: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dropout", b"_dropout", "_num_layers", b"_num_layers", "_rank", b"_rank", "_scale", b"_scale", "dropout", b"dropout", "num_layers", b"num_layers", "rank", b"rank", "scale", b"scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dora", b"_dora", "_dropout", b"_dropout", "_num_layers", b"_num_layers", "_rank", b"_rank", "_scale", b"_scale", "dora", b"dora", "dropout", b"dropout", "num_layers", b"num_layers", "rank", b"rank", "scale", b"scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dropout", b"_dropout", "_num_layers", b"_num_layers", "_rank", b"_rank", "_scale", b"_scale", "dropout", b"dropout", "keys", b"keys", "num_layers", b"num_layers", "rank", b"rank", "scale", b"scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dora", b"_dora", "_dropout", b"_dropout", "_num_layers", b"_num_layers", "_rank", b"_rank", "_scale", b"_scale", "dora", b"dora", "dropout", b"dropout", "keys", b"keys", "num_layers", b"num_layers", "rank", b"rank", "scale", b"scale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dora: _TypeAlias = _typing.Literal["dora"]  # noqa: Y015
+    _WhichOneofArgType__dora: _TypeAlias = _typing.Literal["_dora", b"_dora"]  # noqa: Y015
     _WhichOneofReturnType__dropout: _TypeAlias = _typing.Literal["dropout"]  # noqa: Y015
     _WhichOneofArgType__dropout: _TypeAlias = _typing.Literal["_dropout", b"_dropout"]  # noqa: Y015
     _WhichOneofReturnType__num_layers: _TypeAlias = _typing.Literal["num_layers"]  # noqa: Y015
@@ -91,6 +97,8 @@ class LoraConfig(_message.Message):
     _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
     _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
     _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dora) -> _WhichOneofReturnType__dora | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dropout) -> _WhichOneofReturnType__dropout | None: ...
     @_typing.overload
@@ -147,6 +155,22 @@ class RunConfig(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     MIXED_PRECISION_FIELD_NUMBER: _builtins.int
     LORA_FIELD_NUMBER: _builtins.int
+    SIGNAL_FIELD_NUMBER: _builtins.int
+    DIVERGENCE_OPTIONS_FIELD_NUMBER: _builtins.int
+    TOP_MASS_FIELD_NUMBER: _builtins.int
+    LOSS_MEAN_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_OPTIONS_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_TOKENS_FIELD_NUMBER: _builtins.int
+    BACKWARD_FIELD_NUMBER: _builtins.int
+    EARLY_STOP_PATIENCE_FIELD_NUMBER: _builtins.int
+    MAX_EVAL_SAMPLES_FIELD_NUMBER: _builtins.int
+    EVAL_TASKS_FIELD_NUMBER: _builtins.int
+    PRECOMPUTE_FIELD_NUMBER: _builtins.int
+    TEACHER_TEMPLATE_FIELD_NUMBER: _builtins.int
+    TEACHER_SYSTEM_PROMPT_FIELD_NUMBER: _builtins.int
+    EXACT_FRACTION_FIELD_NUMBER: _builtins.int
+    WORKER_MEMORY_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Name of the run, 1 to 64 of letters, digits, '.', '_', '-'. Absent: distill_YYYYMMDD_HHMMSS."""
     session_id: _builtins.str
@@ -190,11 +214,15 @@ class RunConfig(_message.Message):
     weight_decay: _builtins.float
     """Decoupled weight decay. Default 0."""
     divergence: _builtins.str
-    """"reverse_kl": KL(student ‖ teacher), or "forward_kl": KL(teacher ‖ student). Default "reverse_kl"."""
+    """A divergence that CatalogService.ListDivergences shows, such as "reverse_kl": KL(student ‖ teacher), "forward_kl":
+    KL(teacher ‖ student), or "jsd". Its options are in divergence_options. Default "reverse_kl".
+    """
     support: _builtins.str
-    """Whose likely ids carry the sparse divergence, "student" or "teacher"; one more outcome, the tail, carries the rest. Default "student"."""
+    """With signal "sparse": whose likely ids carry the divergence, "student", "teacher" or "union" of both; one more outcome, the
+    tail, carries the rest. Default "student".
+    """
     top_k: _builtins.int
-    """Ids per position in it. Default 64."""
+    """With signal "sparse": most ids per position of each side. Default 64."""
     temperature: _builtins.float
     """Temperature of both distributions in the loss, which is multiplied by its square. Default 2."""
     kl_weight: _builtins.float
@@ -221,6 +249,42 @@ class RunConfig(_message.Message):
     """Seed of everything random. Default 42."""
     mixed_precision: _builtins.bool
     """Keep a 16-bit base in 16 bits; false loads it in float32. Default true."""
+    signal: _builtins.str
+    """What the loss is computed from: "exact", both full distributions, the teacher's rebuilt from its hidden states and head;
+    "sparse", some ids per position and the tail; "sampled", the sampled token alone (score-function gradient). Default "exact".
+    """
+    top_mass: _builtins.float
+    """With signal "sparse": take only as many ids as reach this mass, up to top_k. 0: always top_k. Default 0."""
+    loss_mean: _builtins.str
+    """"token": every token counts the same; "sequence": every sequence does. Default "token"."""
+    optimizer: _builtins.str
+    """"adamw", "adam", "adafactor", "lion", "muon" or "sgd". Default "adamw"."""
+    max_batch_tokens: _builtins.int
+    """Most tokens, padding included, of a micro-batch, which then holds fewer than batch_size sequences. 0: no such limit. Default 0."""
+    backward: _builtins.str
+    """How the backward gets its activations: "plain" keeps them, "checkpoint" and "layerwise" compute them again block by block,
+    with less memory and more time; "auto" takes the fastest that fits. The gradient is the same. Default "auto".
+    """
+    early_stop_patience: _builtins.int
+    """End the run after so many evaluations in a row without improvement. 0: never. Default 0."""
+    max_eval_samples: _builtins.int
+    """Held-out prompts on which an evaluation also compares the models on samples of the student's own. 0: none. Default 16."""
+    eval_tasks: _builtins.str
+    """Tasks of lm-evaluation-harness to measure at the first and the last evaluation, separated by commas. Default: none."""
+    precompute: _builtins.bool
+    """Off-policy trainers: let the teacher compute everything the run needs first, then unload it before the student is loaded.
+    For machines that can't hold both. Default false.
+    """
+    teacher_template: _builtins.str
+    """Chat template of what the teacher reads: the "student"'s, or the "teacher"'s own. Default "student"."""
+    teacher_system_prompt: _builtins.str
+    """A system prompt that only the teacher sees. Default: none."""
+    exact_fraction: _builtins.float
+    """With signals "sparse" and "sampled": share of the tokens on which the exact divergence is computed too, to measure
+    the approximation's error. Default 0.01.
+    """
+    worker_memory_limit_bytes: _builtins.int
+    """Most bytes of memory the worker may take. 0: what the machine has. Default 0."""
     @_builtins.property
     def trainer_options(self) -> _struct_pb2.Struct:
         """Options of that trainer's own, after its JSON Schema."""
@@ -228,6 +292,14 @@ class RunConfig(_message.Message):
     @_builtins.property
     def lora(self) -> Global___LoraConfig:
         """Shape of a fresh adapter."""
+
+    @_builtins.property
+    def divergence_options(self) -> _struct_pb2.Struct:
+        """Options of the divergence, after its JSON Schema."""
+
+    @_builtins.property
+    def optimizer_options(self) -> _struct_pb2.Struct:
+        """Options of the optimizer, by mlx's names, such as {"betas": [0.9, 0.95]}."""
 
     def __init__(
         self,
@@ -271,11 +343,29 @@ class RunConfig(_message.Message):
         seed: _builtins.int | None = ...,
         mixed_precision: _builtins.bool | None = ...,
         lora: Global___LoraConfig | None = ...,
+        signal: _builtins.str | None = ...,
+        divergence_options: _struct_pb2.Struct | None = ...,
+        top_mass: _builtins.float | None = ...,
+        loss_mean: _builtins.str | None = ...,
+        optimizer: _builtins.str | None = ...,
+        optimizer_options: _struct_pb2.Struct | None = ...,
+        max_batch_tokens: _builtins.int | None = ...,
+        backward: _builtins.str | None = ...,
+        early_stop_patience: _builtins.int | None = ...,
+        max_eval_samples: _builtins.int | None = ...,
+        eval_tasks: _builtins.str | None = ...,
+        precompute: _builtins.bool | None = ...,
+        teacher_template: _builtins.str | None = ...,
+        teacher_system_prompt: _builtins.str | None = ...,
+        exact_fraction: _builtins.float | None = ...,
+        worker_memory_limit_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_model_path", b"_base_model_path", "_batch_size", b"_batch_size", "_ce_weight", b"_ce_weight", "_checkpoint_every", b"_checkpoint_every", "_divergence", b"_divergence", "_eval_every", b"_eval_every", "_generation_temperature", b"_generation_temperature", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_keep_last_n", b"_keep_last_n", "_kl_weight", b"_kl_weight", "_learning_rate", b"_learning_rate", "_lr_schedule", b"_lr_schedule", "_max_generation_tokens", b"_max_generation_tokens", "_max_grad_norm", b"_max_grad_norm", "_max_prompt_tokens", b"_max_prompt_tokens", "_max_prompts", b"_max_prompts", "_max_validation_prompts", b"_max_validation_prompts", "_mixed_precision", b"_mixed_precision", "_num_steps", b"_num_steps", "_output_adapter_path", b"_output_adapter_path", "_prompts_path", b"_prompts_path", "_run_id", b"_run_id", "_save_best_only", b"_save_best_only", "_seed", b"_seed", "_session_id", b"_session_id", "_student_adapter_path", b"_student_adapter_path", "_support", b"_support", "_teacher_model_path", b"_teacher_model_path", "_temperature", b"_temperature", "_top_k", b"_top_k", "_trainer", b"_trainer", "_use_cache", b"_use_cache", "_use_teacher_targets", b"_use_teacher_targets", "_validation_fraction", b"_validation_fraction", "_validation_prompts_path", b"_validation_prompts_path", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "base_model_path", b"base_model_path", "batch_size", b"batch_size", "ce_weight", b"ce_weight", "checkpoint_every", b"checkpoint_every", "divergence", b"divergence", "eval_every", b"eval_every", "generation_temperature", b"generation_temperature", "gradient_accumulation_steps", b"gradient_accumulation_steps", "keep_last_n", b"keep_last_n", "kl_weight", b"kl_weight", "learning_rate", b"learning_rate", "lora", b"lora", "lr_schedule", b"lr_schedule", "max_generation_tokens", b"max_generation_tokens", "max_grad_norm", b"max_grad_norm", "max_prompt_tokens", b"max_prompt_tokens", "max_prompts", b"max_prompts", "max_validation_prompts", b"max_validation_prompts", "mixed_precision", b"mixed_precision", "num_steps", b"num_steps", "output_adapter_path", b"output_adapter_path", "prompts_path", b"prompts_path", "run_id", b"run_id", "save_best_only", b"save_best_only", "seed", b"seed", "session_id", b"session_id", "student_adapter_path", b"student_adapter_path", "support", b"support", "teacher_model_path", b"teacher_model_path", "temperature", b"temperature", "top_k", b"top_k", "trainer", b"trainer", "trainer_options", b"trainer_options", "use_cache", b"use_cache", "use_teacher_targets", b"use_teacher_targets", "validation_fraction", b"validation_fraction", "validation_prompts_path", b"validation_prompts_path", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_backward", b"_backward", "_base_model_path", b"_base_model_path", "_batch_size", b"_batch_size", "_ce_weight", b"_ce_weight", "_checkpoint_every", b"_checkpoint_every", "_divergence", b"_divergence", "_early_stop_patience", b"_early_stop_patience", "_eval_every", b"_eval_every", "_eval_tasks", b"_eval_tasks", "_exact_fraction", b"_exact_fraction", "_generation_temperature", b"_generation_temperature", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_keep_last_n", b"_keep_last_n", "_kl_weight", b"_kl_weight", "_learning_rate", b"_learning_rate", "_loss_mean", b"_loss_mean", "_lr_schedule", b"_lr_schedule", "_max_batch_tokens", b"_max_batch_tokens", "_max_eval_samples", b"_max_eval_samples", "_max_generation_tokens", b"_max_generation_tokens", "_max_grad_norm", b"_max_grad_norm", "_max_prompt_tokens", b"_max_prompt_tokens", "_max_prompts", b"_max_prompts", "_max_validation_prompts", b"_max_validation_prompts", "_mixed_precision", b"_mixed_precision", "_num_steps", b"_num_steps", "_optimizer", b"_optimizer", "_output_adapter_path", b"_output_adapter_path", "_precompute", b"_precompute", "_prompts_path", b"_prompts_path", "_run_id", b"_run_id", "_save_best_only", b"_save_best_only", "_seed", b"_seed", "_session_id", b"_session_id", "_signal", b"_signal", "_student_adapter_path", b"_student_adapter_path", "_support", b"_support", "_teacher_model_path", b"_teacher_model_path", "_teacher_system_prompt", b"_teacher_system_prompt", "_teacher_template", b"_teacher_template", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_mass", b"_top_mass", "_trainer", b"_trainer", "_use_cache", b"_use_cache", "_use_teacher_targets", b"_use_teacher_targets", "_validation_fraction", b"_validation_fraction", "_validation_prompts_path", b"_validation_prompts_path", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "_worker_memory_limit_bytes", b"_worker_memory_limit_bytes", "backward", b"backward", "base_model_path", b"base_model_path", "batch_size", b"batch_size", "ce_weight", b"ce_weight", "checkpoint_every", b"checkpoint_every", "divergence", b"divergence", "divergence_options", b"divergence_options", "early_stop_patience", b"early_stop_patience", "eval_every", b"eval_every", "eval_tasks", b"eval_tasks", "exact_fraction", b"exact_fraction", "generation_temperature", b"generation_temperature", "gradient_accumulation_steps", b"gradient_accumulation_steps", "keep_last_n", b"keep_last_n", "kl_weight", b"kl_weight", "learning_rate", b"learning_rate", "lora", b"lora", "loss_mean", b"loss_mean", "lr_schedule", b"lr_schedule", "max_batch_tokens", b"max_batch_tokens", "max_eval_samples", b"max_eval_samples", "max_generation_tokens", b"max_generation_tokens", "max_grad_norm", b"max_grad_norm", "max_prompt_tokens", b"max_prompt_tokens", "max_prompts", b"max_prompts", "max_validation_prompts", b"max_validation_prompts", "mixed_precision", b"mixed_precision", "num_steps", b"num_steps", "optimizer", b"optimizer", "optimizer_options", b"optimizer_options", "output_adapter_path", b"output_adapter_path", "precompute", b"precompute", "prompts_path", b"prompts_path", "run_id", b"run_id", "save_best_only", b"save_best_only", "seed", b"seed", "session_id", b"session_id", "signal", b"signal", "student_adapter_path", b"student_adapter_path", "support", b"support", "teacher_model_path", b"teacher_model_path", "teacher_system_prompt", b"teacher_system_prompt", "teacher_template", b"teacher_template", "temperature", b"temperature", "top_k", b"top_k", "top_mass", b"top_mass", "trainer", b"trainer", "trainer_options", b"trainer_options", "use_cache", b"use_cache", "use_teacher_targets", b"use_teacher_targets", "validation_fraction", b"validation_fraction", "validation_prompts_path", b"validation_prompts_path", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay", "worker_memory_limit_bytes", b"worker_memory_limit_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_model_path", b"_base_model_path", "_batch_size", b"_batch_size", "_ce_weight", b"_ce_weight", "_checkpoint_every", b"_checkpoint_every", "_divergence", b"_divergence", "_eval_every", b"_eval_every", "_generation_temperature", b"_generation_temperature", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_keep_last_n", b"_keep_last_n", "_kl_weight", b"_kl_weight", "_learning_rate", b"_learning_rate", "_lr_schedule", b"_lr_schedule", "_max_generation_tokens", b"_max_generation_tokens", "_max_grad_norm", b"_max_grad_norm", "_max_prompt_tokens", b"_max_prompt_tokens", "_max_prompts", b"_max_prompts", "_max_validation_prompts", b"_max_validation_prompts", "_mixed_precision", b"_mixed_precision", "_num_steps", b"_num_steps", "_output_adapter_path", b"_output_adapter_path", "_prompts_path", b"_prompts_path", "_run_id", b"_run_id", "_save_best_only", b"_save_best_only", "_seed", b"_seed", "_session_id", b"_session_id", "_student_adapter_path", b"_student_adapter_path", "_support", b"_support", "_teacher_model_path", b"_teacher_model_path", "_temperature", b"_temperature", "_top_k", b"_top_k", "_trainer", b"_trainer", "_use_cache", b"_use_cache", "_use_teacher_targets", b"_use_teacher_targets", "_validation_fraction", b"_validation_fraction", "_validation_prompts_path", b"_validation_prompts_path", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "base_model_path", b"base_model_path", "batch_size", b"batch_size", "ce_weight", b"ce_weight", "checkpoint_every", b"checkpoint_every", "divergence", b"divergence", "eval_every", b"eval_every", "generation_temperature", b"generation_temperature", "gradient_accumulation_steps", b"gradient_accumulation_steps", "keep_last_n", b"keep_last_n", "kl_weight", b"kl_weight", "learning_rate", b"learning_rate", "lora", b"lora", "lr_schedule", b"lr_schedule", "max_generation_tokens", b"max_generation_tokens", "max_grad_norm", b"max_grad_norm", "max_prompt_tokens", b"max_prompt_tokens", "max_prompts", b"max_prompts", "max_validation_prompts", b"max_validation_prompts", "mixed_precision", b"mixed_precision", "num_steps", b"num_steps", "output_adapter_path", b"output_adapter_path", "prompts_path", b"prompts_path", "run_id", b"run_id", "save_best_only", b"save_best_only", "seed", b"seed", "session_id", b"session_id", "student_adapter_path", b"student_adapter_path", "support", b"support", "teacher_model_path", b"teacher_model_path", "temperature", b"temperature", "top_k", b"top_k", "trainer", b"trainer", "trainer_options", b"trainer_options", "use_cache", b"use_cache", "use_teacher_targets", b"use_teacher_targets", "validation_fraction", b"validation_fraction", "validation_prompts_path", b"validation_prompts_path", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_backward", b"_backward", "_base_model_path", b"_base_model_path", "_batch_size", b"_batch_size", "_ce_weight", b"_ce_weight", "_checkpoint_every", b"_checkpoint_every", "_divergence", b"_divergence", "_early_stop_patience", b"_early_stop_patience", "_eval_every", b"_eval_every", "_eval_tasks", b"_eval_tasks", "_exact_fraction", b"_exact_fraction", "_generation_temperature", b"_generation_temperature", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_keep_last_n", b"_keep_last_n", "_kl_weight", b"_kl_weight", "_learning_rate", b"_learning_rate", "_loss_mean", b"_loss_mean", "_lr_schedule", b"_lr_schedule", "_max_batch_tokens", b"_max_batch_tokens", "_max_eval_samples", b"_max_eval_samples", "_max_generation_tokens", b"_max_generation_tokens", "_max_grad_norm", b"_max_grad_norm", "_max_prompt_tokens", b"_max_prompt_tokens", "_max_prompts", b"_max_prompts", "_max_validation_prompts", b"_max_validation_prompts", "_mixed_precision", b"_mixed_precision", "_num_steps", b"_num_steps", "_optimizer", b"_optimizer", "_output_adapter_path", b"_output_adapter_path", "_precompute", b"_precompute", "_prompts_path", b"_prompts_path", "_run_id", b"_run_id", "_save_best_only", b"_save_best_only", "_seed", b"_seed", "_session_id", b"_session_id", "_signal", b"_signal", "_student_adapter_path", b"_student_adapter_path", "_support", b"_support", "_teacher_model_path", b"_teacher_model_path", "_teacher_system_prompt", b"_teacher_system_prompt", "_teacher_template", b"_teacher_template", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_mass", b"_top_mass", "_trainer", b"_trainer", "_use_cache", b"_use_cache", "_use_teacher_targets", b"_use_teacher_targets", "_validation_fraction", b"_validation_fraction", "_validation_prompts_path", b"_validation_prompts_path", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "_worker_memory_limit_bytes", b"_worker_memory_limit_bytes", "backward", b"backward", "base_model_path", b"base_model_path", "batch_size", b"batch_size", "ce_weight", b"ce_weight", "checkpoint_every", b"checkpoint_every", "divergence", b"divergence", "divergence_options", b"divergence_options", "early_stop_patience", b"early_stop_patience", "eval_every", b"eval_every", "eval_tasks", b"eval_tasks", "exact_fraction", b"exact_fraction", "generation_temperature", b"generation_temperature", "gradient_accumulation_steps", b"gradient_accumulation_steps", "keep_last_n", b"keep_last_n", "kl_weight", b"kl_weight", "learning_rate", b"learning_rate", "lora", b"lora", "loss_mean", b"loss_mean", "lr_schedule", b"lr_schedule", "max_batch_tokens", b"max_batch_tokens", "max_eval_samples", b"max_eval_samples", "max_generation_tokens", b"max_generation_tokens", "max_grad_norm", b"max_grad_norm", "max_prompt_tokens", b"max_prompt_tokens", "max_prompts", b"max_prompts", "max_validation_prompts", b"max_validation_prompts", "mixed_precision", b"mixed_precision", "num_steps", b"num_steps", "optimizer", b"optimizer", "optimizer_options", b"optimizer_options", "output_adapter_path", b"output_adapter_path", "precompute", b"precompute", "prompts_path", b"prompts_path", "run_id", b"run_id", "save_best_only", b"save_best_only", "seed", b"seed", "session_id", b"session_id", "signal", b"signal", "student_adapter_path", b"student_adapter_path", "support", b"support", "teacher_model_path", b"teacher_model_path", "teacher_system_prompt", b"teacher_system_prompt", "teacher_template", b"teacher_template", "temperature", b"temperature", "top_k", b"top_k", "top_mass", b"top_mass", "trainer", b"trainer", "trainer_options", b"trainer_options", "use_cache", b"use_cache", "use_teacher_targets", b"use_teacher_targets", "validation_fraction", b"validation_fraction", "validation_prompts_path", b"validation_prompts_path", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay", "worker_memory_limit_bytes", b"worker_memory_limit_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__backward: _TypeAlias = _typing.Literal["backward"]  # noqa: Y015
+    _WhichOneofArgType__backward: _TypeAlias = _typing.Literal["_backward", b"_backward"]  # noqa: Y015
     _WhichOneofReturnType__base_model_path: _TypeAlias = _typing.Literal["base_model_path"]  # noqa: Y015
     _WhichOneofArgType__base_model_path: _TypeAlias = _typing.Literal["_base_model_path", b"_base_model_path"]  # noqa: Y015
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
@@ -286,8 +376,14 @@ class RunConfig(_message.Message):
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015
     _WhichOneofReturnType__divergence: _TypeAlias = _typing.Literal["divergence"]  # noqa: Y015
     _WhichOneofArgType__divergence: _TypeAlias = _typing.Literal["_divergence", b"_divergence"]  # noqa: Y015
+    _WhichOneofReturnType__early_stop_patience: _TypeAlias = _typing.Literal["early_stop_patience"]  # noqa: Y015
+    _WhichOneofArgType__early_stop_patience: _TypeAlias = _typing.Literal["_early_stop_patience", b"_early_stop_patience"]  # noqa: Y015
     _WhichOneofReturnType__eval_every: _TypeAlias = _typing.Literal["eval_every"]  # noqa: Y015
     _WhichOneofArgType__eval_every: _TypeAlias = _typing.Literal["_eval_every", b"_eval_every"]  # noqa: Y015
+    _WhichOneofReturnType__eval_tasks: _TypeAlias = _typing.Literal["eval_tasks"]  # noqa: Y015
+    _WhichOneofArgType__eval_tasks: _TypeAlias = _typing.Literal["_eval_tasks", b"_eval_tasks"]  # noqa: Y015
+    _WhichOneofReturnType__exact_fraction: _TypeAlias = _typing.Literal["exact_fraction"]  # noqa: Y015
+    _WhichOneofArgType__exact_fraction: _TypeAlias = _typing.Literal["_exact_fraction", b"_exact_fraction"]  # noqa: Y015
     _WhichOneofReturnType__generation_temperature: _TypeAlias = _typing.Literal["generation_temperature"]  # noqa: Y015
     _WhichOneofArgType__generation_temperature: _TypeAlias = _typing.Literal["_generation_temperature", b"_generation_temperature"]  # noqa: Y015
     _WhichOneofReturnType__gradient_accumulation_steps: _TypeAlias = _typing.Literal["gradient_accumulation_steps"]  # noqa: Y015
@@ -298,8 +394,14 @@ class RunConfig(_message.Message):
     _WhichOneofArgType__kl_weight: _TypeAlias = _typing.Literal["_kl_weight", b"_kl_weight"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__loss_mean: _TypeAlias = _typing.Literal["loss_mean"]  # noqa: Y015
+    _WhichOneofArgType__loss_mean: _TypeAlias = _typing.Literal["_loss_mean", b"_loss_mean"]  # noqa: Y015
     _WhichOneofReturnType__lr_schedule: _TypeAlias = _typing.Literal["lr_schedule"]  # noqa: Y015
     _WhichOneofArgType__lr_schedule: _TypeAlias = _typing.Literal["_lr_schedule", b"_lr_schedule"]  # noqa: Y015
+    _WhichOneofReturnType__max_batch_tokens: _TypeAlias = _typing.Literal["max_batch_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_batch_tokens: _TypeAlias = _typing.Literal["_max_batch_tokens", b"_max_batch_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__max_eval_samples: _TypeAlias = _typing.Literal["max_eval_samples"]  # noqa: Y015
+    _WhichOneofArgType__max_eval_samples: _TypeAlias = _typing.Literal["_max_eval_samples", b"_max_eval_samples"]  # noqa: Y015
     _WhichOneofReturnType__max_generation_tokens: _TypeAlias = _typing.Literal["max_generation_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_generation_tokens: _TypeAlias = _typing.Literal["_max_generation_tokens", b"_max_generation_tokens"]  # noqa: Y015
     _WhichOneofReturnType__max_grad_norm: _TypeAlias = _typing.Literal["max_grad_norm"]  # noqa: Y015
@@ -314,8 +416,12 @@ class RunConfig(_message.Message):
     _WhichOneofArgType__mixed_precision: _TypeAlias = _typing.Literal["_mixed_precision", b"_mixed_precision"]  # noqa: Y015
     _WhichOneofReturnType__num_steps: _TypeAlias = _typing.Literal["num_steps"]  # noqa: Y015
     _WhichOneofArgType__num_steps: _TypeAlias = _typing.Literal["_num_steps", b"_num_steps"]  # noqa: Y015
+    _WhichOneofReturnType__optimizer: _TypeAlias = _typing.Literal["optimizer"]  # noqa: Y015
+    _WhichOneofArgType__optimizer: _TypeAlias = _typing.Literal["_optimizer", b"_optimizer"]  # noqa: Y015
     _WhichOneofReturnType__output_adapter_path: _TypeAlias = _typing.Literal["output_adapter_path"]  # noqa: Y015
     _WhichOneofArgType__output_adapter_path: _TypeAlias = _typing.Literal["_output_adapter_path", b"_output_adapter_path"]  # noqa: Y015
+    _WhichOneofReturnType__precompute: _TypeAlias = _typing.Literal["precompute"]  # noqa: Y015
+    _WhichOneofArgType__precompute: _TypeAlias = _typing.Literal["_precompute", b"_precompute"]  # noqa: Y015
     _WhichOneofReturnType__prompts_path: _TypeAlias = _typing.Literal["prompts_path"]  # noqa: Y015
     _WhichOneofArgType__prompts_path: _TypeAlias = _typing.Literal["_prompts_path", b"_prompts_path"]  # noqa: Y015
     _WhichOneofReturnType__run_id: _TypeAlias = _typing.Literal["run_id"]  # noqa: Y015
@@ -326,16 +432,24 @@ class RunConfig(_message.Message):
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__session_id: _TypeAlias = _typing.Literal["session_id"]  # noqa: Y015
     _WhichOneofArgType__session_id: _TypeAlias = _typing.Literal["_session_id", b"_session_id"]  # noqa: Y015
+    _WhichOneofReturnType__signal: _TypeAlias = _typing.Literal["signal"]  # noqa: Y015
+    _WhichOneofArgType__signal: _TypeAlias = _typing.Literal["_signal", b"_signal"]  # noqa: Y015
     _WhichOneofReturnType__student_adapter_path: _TypeAlias = _typing.Literal["student_adapter_path"]  # noqa: Y015
     _WhichOneofArgType__student_adapter_path: _TypeAlias = _typing.Literal["_student_adapter_path", b"_student_adapter_path"]  # noqa: Y015
     _WhichOneofReturnType__support: _TypeAlias = _typing.Literal["support"]  # noqa: Y015
     _WhichOneofArgType__support: _TypeAlias = _typing.Literal["_support", b"_support"]  # noqa: Y015
     _WhichOneofReturnType__teacher_model_path: _TypeAlias = _typing.Literal["teacher_model_path"]  # noqa: Y015
     _WhichOneofArgType__teacher_model_path: _TypeAlias = _typing.Literal["_teacher_model_path", b"_teacher_model_path"]  # noqa: Y015
+    _WhichOneofReturnType__teacher_system_prompt: _TypeAlias = _typing.Literal["teacher_system_prompt"]  # noqa: Y015
+    _WhichOneofArgType__teacher_system_prompt: _TypeAlias = _typing.Literal["_teacher_system_prompt", b"_teacher_system_prompt"]  # noqa: Y015
+    _WhichOneofReturnType__teacher_template: _TypeAlias = _typing.Literal["teacher_template"]  # noqa: Y015
+    _WhichOneofArgType__teacher_template: _TypeAlias = _typing.Literal["_teacher_template", b"_teacher_template"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    _WhichOneofReturnType__top_mass: _TypeAlias = _typing.Literal["top_mass"]  # noqa: Y015
+    _WhichOneofArgType__top_mass: _TypeAlias = _typing.Literal["_top_mass", b"_top_mass"]  # noqa: Y015
     _WhichOneofReturnType__trainer: _TypeAlias = _typing.Literal["trainer"]  # noqa: Y015
     _WhichOneofArgType__trainer: _TypeAlias = _typing.Literal["_trainer", b"_trainer"]  # noqa: Y015
     _WhichOneofReturnType__use_cache: _TypeAlias = _typing.Literal["use_cache"]  # noqa: Y015
@@ -350,6 +464,10 @@ class RunConfig(_message.Message):
     _WhichOneofArgType__warmup_steps: _TypeAlias = _typing.Literal["_warmup_steps", b"_warmup_steps"]  # noqa: Y015
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
     _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
+    _WhichOneofReturnType__worker_memory_limit_bytes: _TypeAlias = _typing.Literal["worker_memory_limit_bytes"]  # noqa: Y015
+    _WhichOneofArgType__worker_memory_limit_bytes: _TypeAlias = _typing.Literal["_worker_memory_limit_bytes", b"_worker_memory_limit_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__backward) -> _WhichOneofReturnType__backward | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__base_model_path) -> _WhichOneofReturnType__base_model_path | None: ...
     @_typing.overload
@@ -361,7 +479,13 @@ class RunConfig(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__divergence) -> _WhichOneofReturnType__divergence | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__early_stop_patience) -> _WhichOneofReturnType__early_stop_patience | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_every) -> _WhichOneofReturnType__eval_every | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_tasks) -> _WhichOneofReturnType__eval_tasks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__exact_fraction) -> _WhichOneofReturnType__exact_fraction | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__generation_temperature) -> _WhichOneofReturnType__generation_temperature | None: ...
     @_typing.overload
@@ -373,7 +497,13 @@ class RunConfig(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss_mean) -> _WhichOneofReturnType__loss_mean | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_schedule) -> _WhichOneofReturnType__lr_schedule | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_batch_tokens) -> _WhichOneofReturnType__max_batch_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_eval_samples) -> _WhichOneofReturnType__max_eval_samples | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_generation_tokens) -> _WhichOneofReturnType__max_generation_tokens | None: ...
     @_typing.overload
@@ -389,7 +519,11 @@ class RunConfig(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_steps) -> _WhichOneofReturnType__num_steps | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__optimizer) -> _WhichOneofReturnType__optimizer | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__output_adapter_path) -> _WhichOneofReturnType__output_adapter_path | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__precompute) -> _WhichOneofReturnType__precompute | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompts_path) -> _WhichOneofReturnType__prompts_path | None: ...
     @_typing.overload
@@ -401,15 +535,23 @@ class RunConfig(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__session_id) -> _WhichOneofReturnType__session_id | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__signal) -> _WhichOneofReturnType__signal | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__student_adapter_path) -> _WhichOneofReturnType__student_adapter_path | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__support) -> _WhichOneofReturnType__support | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__teacher_model_path) -> _WhichOneofReturnType__teacher_model_path | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__teacher_system_prompt) -> _WhichOneofReturnType__teacher_system_prompt | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__teacher_template) -> _WhichOneofReturnType__teacher_template | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_mass) -> _WhichOneofReturnType__top_mass | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__trainer) -> _WhichOneofReturnType__trainer | None: ...
     @_typing.overload
@@ -424,8 +566,68 @@ class RunConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__warmup_steps) -> _WhichOneofReturnType__warmup_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__worker_memory_limit_bytes) -> _WhichOneofReturnType__worker_memory_limit_bytes | None: ...
 
 Global___RunConfig: _TypeAlias = RunConfig  # noqa: Y015
+
+@_typing.final
+class PlannedPhase(_message.Message):
+    """Time of one phase of a run, over all its steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"load", "rollout", "score", "train", "evaluate" or "checkpoint"."""
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """Its share of the duration."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedPhase: _TypeAlias = PlannedPhase  # noqa: Y015
+
+@_typing.final
+class PlannedBytes(_message.Message):
+    """One part of what a run takes of memory or disk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESS_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    process: _builtins.str
+    """Who takes it: "daemon" or "worker"; empty for disk."""
+    name: _builtins.str
+    """What it is, such as "teacher", "student", "adapter and optimizer", "activations", "logits chunk", "KV cache"."""
+    bytes: _builtins.int
+    """Size."""
+    def __init__(
+        self,
+        *,
+        process: _builtins.str = ...,
+        name: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "name", b"name", "process", b"process"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedBytes: _TypeAlias = PlannedBytes  # noqa: Y015
 
 @_typing.final
 class RunPlan(_message.Message):
@@ -441,6 +643,13 @@ class RunPlan(_message.Message):
     AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
     ASSUMPTIONS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    PHASES_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
+    FITS_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    MACHINE_FIELD_NUMBER: _builtins.int
+    CALIBRATED_FIELD_NUMBER: _builtins.int
     peak_bytes: _builtins.int
     """Peak memory of daemon and worker together."""
     daemon_peak_bytes: _builtins.int
@@ -451,6 +660,12 @@ class RunPlan(_message.Message):
     """Space on disk for checkpoints and cache."""
     available_bytes: _builtins.int
     """Memory this machine has for it."""
+    fits: _builtins.bool
+    """Whether daemon and worker fit into the memory there is. A run that doesn't fit is not accepted unless `force`."""
+    machine: _builtins.str
+    """The machine planned for, for people."""
+    calibrated: _builtins.bool
+    """Whether the rates were measured on this machine with models of these shapes; else they are published ones."""
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
         """Expected time from start to end."""
@@ -463,6 +678,22 @@ class RunPlan(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What may go wrong, a sentence each."""
 
+    @_builtins.property
+    def phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedPhase]:
+        """The duration by phase."""
+
+    @_builtins.property
+    def memory(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedBytes]:
+        """The peak memory by part. Parts of one process that never live together are not added up: each process's peak is above."""
+
+    @_builtins.property
+    def disk(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedBytes]:
+        """The disk space by part."""
+
+    @_builtins.property
+    def advice(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What to change so that it fits, or is faster, the most useful first, a sentence each."""
+
     def __init__(
         self,
         *,
@@ -474,10 +705,17 @@ class RunPlan(_message.Message):
         available_bytes: _builtins.int = ...,
         assumptions: _abc.Iterable[_builtins.str] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        phases: _abc.Iterable[Global___PlannedPhase] | None = ...,
+        memory: _abc.Iterable[Global___PlannedBytes] | None = ...,
+        disk: _abc.Iterable[Global___PlannedBytes] | None = ...,
+        fits: _builtins.bool = ...,
+        advice: _abc.Iterable[_builtins.str] | None = ...,
+        machine: _builtins.str = ...,
+        calibrated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assumptions", b"assumptions", "available_bytes", b"available_bytes", "daemon_peak_bytes", b"daemon_peak_bytes", "disk_bytes", b"disk_bytes", "duration", b"duration", "peak_bytes", b"peak_bytes", "warnings", b"warnings", "worker_peak_bytes", b"worker_peak_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "assumptions", b"assumptions", "available_bytes", b"available_bytes", "calibrated", b"calibrated", "daemon_peak_bytes", b"daemon_peak_bytes", "disk", b"disk", "disk_bytes", b"disk_bytes", "duration", b"duration", "fits", b"fits", "machine", b"machine", "memory", b"memory", "peak_bytes", b"peak_bytes", "phases", b"phases", "warnings", b"warnings", "worker_peak_bytes", b"worker_peak_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -531,6 +769,8 @@ class Run(_message.Message):
     ADAPTER_PATH_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    MEMORY_HALVINGS_FIELD_NUMBER: _builtins.int
+    REPORT_PATH_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """Its name, unique per daemon."""
     state: _event_pb2.RunState.ValueType
@@ -547,6 +787,10 @@ class Run(_message.Message):
     """Folder of the final adapter, once there is one."""
     attempt: _builtins.int
     """How many times it has been resumed."""
+    memory_halvings: _builtins.int
+    """How many times micro-batches were halved after memory ran out; a step still has the same sequences and the same loss."""
+    report_path: _builtins.str
+    """The report of a finished run, on the daemon's machine; DownloadReport streams it. Empty before there is one."""
     @_builtins.property
     def config(self) -> Global___RunConfig:
         """The complete configuration, defaults filled in."""
@@ -598,10 +842,12 @@ class Run(_message.Message):
         adapter_path: _builtins.str = ...,
         error: Global___RunError | None = ...,
         attempt: _builtins.int = ...,
+        memory_halvings: _builtins.int = ...,
+        report_path: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_checkpoint_step", b"_checkpoint_step", "best_step", b"best_step", "checkpoint_step", b"checkpoint_step", "config", b"config", "created_at", b"created_at", "error", b"error", "finished_at", b"finished_at", "latest_metrics", b"latest_metrics", "plan", b"plan", "remaining", b"remaining", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_checkpoint_step", b"_checkpoint_step", "adapter_path", b"adapter_path", "attempt", b"attempt", "best_step", b"best_step", "checkpoint_step", b"checkpoint_step", "config", b"config", "created_at", b"created_at", "error", b"error", "finished_at", b"finished_at", "latest_metrics", b"latest_metrics", "plan", b"plan", "remaining", b"remaining", "run_id", b"run_id", "started_at", b"started_at", "state", b"state", "step", b"step", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_step", b"_best_step", "_checkpoint_step", b"_checkpoint_step", "adapter_path", b"adapter_path", "attempt", b"attempt", "best_step", b"best_step", "checkpoint_step", b"checkpoint_step", "config", b"config", "created_at", b"created_at", "error", b"error", "finished_at", b"finished_at", "latest_metrics", b"latest_metrics", "memory_halvings", b"memory_halvings", "plan", b"plan", "remaining", b"remaining", "report_path", b"report_path", "run_id", b"run_id", "started_at", b"started_at", "state", b"state", "step", b"step", "total_steps", b"total_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_step: _TypeAlias = _typing.Literal["best_step"]  # noqa: Y015
     _WhichOneofArgType__best_step: _TypeAlias = _typing.Literal["_best_step", b"_best_step"]  # noqa: Y015
@@ -624,6 +870,8 @@ class CreateRunRequest(_message.Message):
     CONFIG_FIELD_NUMBER: _builtins.int
     PRESET_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    MACHINE_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The caller's own id for this request, such as a UUID, at most 64 characters: sending the request again with the same id
     answers with the same run instead of creating another. Empty: every call creates a run.
@@ -632,6 +880,12 @@ class CreateRunRequest(_message.Message):
     """A preset of CatalogService.ListPresets, applied under the fields set in `config`. Empty: none."""
     validate_only: _builtins.bool
     """Check and plan only; nothing is created."""
+    machine: _builtins.str
+    """With validate_only: plan for this machine instead of the daemon's own, such as "M4 Max 64 GB"; an unknown name is refused with
+    the known ones. Empty: the daemon's own.
+    """
+    force: _builtins.bool
+    """Accept the run although the plan says that it doesn't fit into memory."""
     @_builtins.property
     def config(self) -> Global___RunConfig:
         """Required. The configuration."""
@@ -643,10 +897,12 @@ class CreateRunRequest(_message.Message):
         config: Global___RunConfig | None = ...,
         preset: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
+        machine: _builtins.str = ...,
+        force: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "preset", b"preset", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "force", b"force", "machine", b"machine", "preset", b"preset", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1316,6 +1572,62 @@ class Bookmark(_message.Message):
 Global___Bookmark: _TypeAlias = Bookmark  # noqa: Y015
 
 @_typing.final
+class DownloadReportRequest(_message.Message):
+    """Request of DownloadReport."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """Required."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadReportRequest: _TypeAlias = DownloadReportRequest  # noqa: Y015
+
+@_typing.final
+class DownloadReportResponse(_message.Message):
+    """Response of DownloadReport: a piece of a file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_NAME_FIELD_NUMBER: _builtins.int
+    FILE_BYTES_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    file_name: _builtins.str
+    """File name, without folder; the first file is the HTML."""
+    file_bytes: _builtins.int
+    """Size of the whole file."""
+    offset: _builtins.int
+    """Offset of `data` in it."""
+    data: _builtins.bytes
+    """The piece."""
+    def __init__(
+        self,
+        *,
+        file_name: _builtins.str = ...,
+        file_bytes: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "file_bytes", b"file_bytes", "file_name", b"file_name", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadReportResponse: _TypeAlias = DownloadReportResponse  # noqa: Y015
+
+@_typing.final
 class CompareModelsRequest(_message.Message):
     """Request of CompareModels."""
 
@@ -1324,13 +1636,24 @@ class CompareModelsRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     PROMPTS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    SPECULATIVE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
-    """The run whose base, starting adapter, final adapter and teacher are compared."""
+    """Required. The run whose models are compared."""
     max_tokens: _builtins.int
-    """Longest completion, in tokens."""
+    """Longest completion, in tokens. 0: the run's max_generation_tokens."""
+    temperature: _builtins.float
+    """Temperature of sampling; 0 is greedy."""
+    speculative: _builtins.bool
+    """Also let the teacher answer with the distilled student as its draft model (speculative decoding), as model "speculative"."""
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The prompts."""
+        """Required. The prompts, as a user would type them."""
+
+    @_builtins.property
+    def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of "base", "sft" (the adapter the run started from), "distilled" and "teacher". Empty: all the run has."""
 
     def __init__(
         self,
@@ -1338,40 +1661,148 @@ class CompareModelsRequest(_message.Message):
         run_id: _builtins.str = ...,
         prompts: _abc.Iterable[_builtins.str] | None = ...,
         max_tokens: _builtins.int = ...,
+        models: _abc.Iterable[_builtins.str] | None = ...,
+        temperature: _builtins.float = ...,
+        speculative: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_tokens", b"max_tokens", "prompts", b"prompts", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_tokens", b"max_tokens", "models", b"models", "prompts", b"prompts", "run_id", b"run_id", "speculative", b"speculative", "temperature", b"temperature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CompareModelsRequest: _TypeAlias = CompareModelsRequest  # noqa: Y015
 
 @_typing.final
+class ModelSummary(_message.Message):
+    """What was measured of one model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    SPEEDUP_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    ADAPTER_BYTES_FIELD_NUMBER: _builtins.int
+    PEAK_BYTES_FIELD_NUMBER: _builtins.int
+    FORWARD_KL_FIELD_NUMBER: _builtins.int
+    REVERSE_KL_FIELD_NUMBER: _builtins.int
+    AGREEMENT_FIELD_NUMBER: _builtins.int
+    ACCEPTANCE_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FRACTION_FIELD_NUMBER: _builtins.int
+    tokens: _builtins.int
+    """Generated tokens …"""
+    tokens_per_second: _builtins.float
+    """Tokens generated a second, one sequence at a time."""
+    speedup: _builtins.float
+    """The same divided by the teacher's; absent when the teacher was not asked."""
+    weight_bytes: _builtins.int
+    """Size of the weights in memory, adapter included."""
+    adapter_bytes: _builtins.int
+    """Size of the adapter; 0 without one."""
+    peak_bytes: _builtins.int
+    """Peak memory while it answered."""
+    forward_kl: _builtins.float
+    """KL(teacher ‖ model) on the teacher's completions, nats per token, over the full vocabulary; absent for the teacher itself."""
+    reverse_kl: _builtins.float
+    """KL(model ‖ teacher), likewise."""
+    agreement: _builtins.float
+    """Share of the teacher's tokens that are the model's most likely too."""
+    acceptance: _builtins.float
+    """Expected share of this model's drafts that the teacher would accept: Σ min(model, teacher)."""
+    accepted_fraction: _builtins.float
+    """With "speculative": share of the drafted tokens that were accepted."""
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """… and the time they took, prompt included."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _builtins.int = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        tokens_per_second: _builtins.float = ...,
+        speedup: _builtins.float | None = ...,
+        weight_bytes: _builtins.int = ...,
+        adapter_bytes: _builtins.int = ...,
+        peak_bytes: _builtins.int = ...,
+        forward_kl: _builtins.float | None = ...,
+        reverse_kl: _builtins.float | None = ...,
+        agreement: _builtins.float | None = ...,
+        acceptance: _builtins.float | None = ...,
+        accepted_fraction: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_acceptance", b"_acceptance", "_accepted_fraction", b"_accepted_fraction", "_agreement", b"_agreement", "_forward_kl", b"_forward_kl", "_reverse_kl", b"_reverse_kl", "_speedup", b"_speedup", "acceptance", b"acceptance", "accepted_fraction", b"accepted_fraction", "agreement", b"agreement", "duration", b"duration", "forward_kl", b"forward_kl", "reverse_kl", b"reverse_kl", "speedup", b"speedup"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_acceptance", b"_acceptance", "_accepted_fraction", b"_accepted_fraction", "_agreement", b"_agreement", "_forward_kl", b"_forward_kl", "_reverse_kl", b"_reverse_kl", "_speedup", b"_speedup", "acceptance", b"acceptance", "accepted_fraction", b"accepted_fraction", "adapter_bytes", b"adapter_bytes", "agreement", b"agreement", "duration", b"duration", "forward_kl", b"forward_kl", "peak_bytes", b"peak_bytes", "reverse_kl", b"reverse_kl", "speedup", b"speedup", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__acceptance: _TypeAlias = _typing.Literal["acceptance"]  # noqa: Y015
+    _WhichOneofArgType__acceptance: _TypeAlias = _typing.Literal["_acceptance", b"_acceptance"]  # noqa: Y015
+    _WhichOneofReturnType__accepted_fraction: _TypeAlias = _typing.Literal["accepted_fraction"]  # noqa: Y015
+    _WhichOneofArgType__accepted_fraction: _TypeAlias = _typing.Literal["_accepted_fraction", b"_accepted_fraction"]  # noqa: Y015
+    _WhichOneofReturnType__agreement: _TypeAlias = _typing.Literal["agreement"]  # noqa: Y015
+    _WhichOneofArgType__agreement: _TypeAlias = _typing.Literal["_agreement", b"_agreement"]  # noqa: Y015
+    _WhichOneofReturnType__forward_kl: _TypeAlias = _typing.Literal["forward_kl"]  # noqa: Y015
+    _WhichOneofArgType__forward_kl: _TypeAlias = _typing.Literal["_forward_kl", b"_forward_kl"]  # noqa: Y015
+    _WhichOneofReturnType__reverse_kl: _TypeAlias = _typing.Literal["reverse_kl"]  # noqa: Y015
+    _WhichOneofArgType__reverse_kl: _TypeAlias = _typing.Literal["_reverse_kl", b"_reverse_kl"]  # noqa: Y015
+    _WhichOneofReturnType__speedup: _TypeAlias = _typing.Literal["speedup"]  # noqa: Y015
+    _WhichOneofArgType__speedup: _TypeAlias = _typing.Literal["_speedup", b"_speedup"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__acceptance) -> _WhichOneofReturnType__acceptance | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__accepted_fraction) -> _WhichOneofReturnType__accepted_fraction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__agreement) -> _WhichOneofReturnType__agreement | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__forward_kl) -> _WhichOneofReturnType__forward_kl | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reverse_kl) -> _WhichOneofReturnType__reverse_kl | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__speedup) -> _WhichOneofReturnType__speedup | None: ...
+
+Global___ModelSummary: _TypeAlias = ModelSummary  # noqa: Y015
+
+@_typing.final
 class CompareModelsResponse(_message.Message):
-    """Response of CompareModels: a piece of one model's completion."""
+    """Response of CompareModels: a piece of one model's completion, or its summary."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     PROMPT_INDEX_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Which model: "base", "sft", "distilled" or "teacher"."""
+    """Which model: "base", "sft", "distilled", "teacher" or "speculative"."""
     prompt_index: _builtins.int
     """Index into the prompts."""
     text: _builtins.str
     """New text."""
+    tokens: _builtins.int
+    """How many tokens the text stands for."""
+    finish_reason: _builtins.str
+    """"stop" or "length" with the last piece of a completion."""
+    @_builtins.property
+    def summary(self) -> Global___ModelSummary:
+        """With the last message of a model: what was measured."""
+
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         prompt_index: _builtins.int = ...,
         text: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+        finish_reason: _builtins.str = ...,
+        summary: Global___ModelSummary | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "prompt_index", b"prompt_index", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "model", b"model", "prompt_index", b"prompt_index", "summary", b"summary", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -85,6 +85,11 @@ class RunServiceStub(object):
                 request_serializer=opd__daemon_dot_v1_dot_run__pb2.WatchEventsRequest.SerializeToString,
                 response_deserializer=opd__daemon_dot_v1_dot_run__pb2.WatchEventsResponse.FromString,
                 _registered_method=True)
+        self.DownloadReport = channel.unary_stream(
+                '/opd_daemon.v1.RunService/DownloadReport',
+                request_serializer=opd__daemon_dot_v1_dot_run__pb2.DownloadReportRequest.SerializeToString,
+                response_deserializer=opd__daemon_dot_v1_dot_run__pb2.DownloadReportResponse.FromString,
+                _registered_method=True)
         self.CompareModels = channel.unary_stream(
                 '/opd_daemon.v1.RunService/CompareModels',
                 request_serializer=opd__daemon_dot_v1_dot_run__pb2.CompareModelsRequest.SerializeToString,
@@ -102,7 +107,7 @@ class RunServiceServicer(object):
 
         Errors: INVALID_ARGUMENT/INVALID_RUN_CONFIG with one violation per fault, fields named `config.<name>`.
         ALREADY_EXISTS/REQUEST_ID_REUSED: the request_id came before with another configuration.
-        FAILED_PRECONDITION/RUN_REFUSED: a plugin refused the run.
+        FAILED_PRECONDITION/RUN_REFUSED: a plugin refused the run. RESOURCE_EXHAUSTED/OUT_OF_MEMORY: it would not fit (see `force`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -191,8 +196,23 @@ class RunServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DownloadReport(self, request, context):
+        """Streams the report of a finished run: one self-contained HTML file, then its pictures as PNG, each in pieces, in order.
+
+        Errors: NOT_FOUND/RUN_NOT_FOUND or REPORT_NOT_FOUND: the run has not finished.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CompareModels(self, request, context):
-        """Answers the same prompts with several models side by side. Not available yet: UNIMPLEMENTED/NOT_IMPLEMENTED.
+        """Answers the same prompts with several models of a run side by side: the student's base, the adapter it started from, the
+        distilled adapter, the teacher. Text comes as it is generated; a model's last message has its summary. Each student
+        answers in a worker process of the run's own; the teacher is the resident one.
+
+        Errors: NOT_FOUND/RUN_NOT_FOUND or CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION/TEACHER_NOT_LOADED, TEACHER_CHANGED: the teacher
+        loaded is another one than the run's. FAILED_PRECONDITION/RUN_STATE_CONFLICT: a run is training; the machine's
+        place for heavy work is taken. INVALID_ARGUMENT: no prompts, or a model of another name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -250,6 +270,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.WatchEvents,
                     request_deserializer=opd__daemon_dot_v1_dot_run__pb2.WatchEventsRequest.FromString,
                     response_serializer=opd__daemon_dot_v1_dot_run__pb2.WatchEventsResponse.SerializeToString,
+            ),
+            'DownloadReport': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadReport,
+                    request_deserializer=opd__daemon_dot_v1_dot_run__pb2.DownloadReportRequest.FromString,
+                    response_serializer=opd__daemon_dot_v1_dot_run__pb2.DownloadReportResponse.SerializeToString,
             ),
             'CompareModels': grpc.unary_stream_rpc_method_handler(
                     servicer.CompareModels,
@@ -528,6 +553,33 @@ class RunService(object):
             '/opd_daemon.v1.RunService/WatchEvents',
             opd__daemon_dot_v1_dot_run__pb2.WatchEventsRequest.SerializeToString,
             opd__daemon_dot_v1_dot_run__pb2.WatchEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadReport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/opd_daemon.v1.RunService/DownloadReport',
+            opd__daemon_dot_v1_dot_run__pb2.DownloadReportRequest.SerializeToString,
+            opd__daemon_dot_v1_dot_run__pb2.DownloadReportResponse.FromString,
             options,
             channel_credentials,
             insecure,

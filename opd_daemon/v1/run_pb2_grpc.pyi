@@ -39,7 +39,7 @@ class RunServiceStub:
 
     Errors: INVALID_ARGUMENT/INVALID_RUN_CONFIG with one violation per fault, fields named `config.<name>`.
     ALREADY_EXISTS/REQUEST_ID_REUSED: the request_id came before with another configuration.
-    FAILED_PRECONDITION/RUN_REFUSED: a plugin refused the run.
+    FAILED_PRECONDITION/RUN_REFUSED: a plugin refused the run. RESOURCE_EXHAUSTED/OUT_OF_MEMORY: it would not fit (see `force`).
     """
     GetRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.GetRunRequest, _run_pb2.GetRunResponse]
     """One run. Errors: NOT_FOUND/RUN_NOT_FOUND."""
@@ -84,8 +84,20 @@ class RunServiceStub:
     are kept. OUT_OF_RANGE/REVISION_IN_FUTURE. FAILED_PRECONDITION/STORE_CHANGED: `expected_store_id` names another store,
     so the cursor means nothing here. NOT_FOUND/RUN_NOT_FOUND. UNAVAILABLE/SHUTTING_DOWN: the daemon stops; resume later.
     """
+    DownloadReport: _grpc.UnaryStreamMultiCallable[_run_pb2.DownloadReportRequest, _run_pb2.DownloadReportResponse]
+    """Streams the report of a finished run: one self-contained HTML file, then its pictures as PNG, each in pieces, in order.
+
+    Errors: NOT_FOUND/RUN_NOT_FOUND or REPORT_NOT_FOUND: the run has not finished.
+    """
     CompareModels: _grpc.UnaryStreamMultiCallable[_run_pb2.CompareModelsRequest, _run_pb2.CompareModelsResponse]
-    """Answers the same prompts with several models side by side. Not available yet: UNIMPLEMENTED/NOT_IMPLEMENTED."""
+    """Answers the same prompts with several models of a run side by side: the student's base, the adapter it started from, the
+    distilled adapter, the teacher. Text comes as it is generated; a model's last message has its summary. Each student
+    answers in a worker process of the run's own; the teacher is the resident one.
+
+    Errors: NOT_FOUND/RUN_NOT_FOUND or CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION/TEACHER_NOT_LOADED, TEACHER_CHANGED: the teacher
+    loaded is another one than the run's. FAILED_PRECONDITION/RUN_STATE_CONFLICT: a run is training; the machine's
+    place for heavy work is taken. INVALID_ARGUMENT: no prompts, or a model of another name.
+    """
 
 @_typing.type_check_only
 class RunServiceAsyncStub(RunServiceStub):
@@ -98,7 +110,7 @@ class RunServiceAsyncStub(RunServiceStub):
 
     Errors: INVALID_ARGUMENT/INVALID_RUN_CONFIG with one violation per fault, fields named `config.<name>`.
     ALREADY_EXISTS/REQUEST_ID_REUSED: the request_id came before with another configuration.
-    FAILED_PRECONDITION/RUN_REFUSED: a plugin refused the run.
+    FAILED_PRECONDITION/RUN_REFUSED: a plugin refused the run. RESOURCE_EXHAUSTED/OUT_OF_MEMORY: it would not fit (see `force`).
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_run_pb2.GetRunRequest, _run_pb2.GetRunResponse]  # type: ignore[assignment]
     """One run. Errors: NOT_FOUND/RUN_NOT_FOUND."""
@@ -143,8 +155,20 @@ class RunServiceAsyncStub(RunServiceStub):
     are kept. OUT_OF_RANGE/REVISION_IN_FUTURE. FAILED_PRECONDITION/STORE_CHANGED: `expected_store_id` names another store,
     so the cursor means nothing here. NOT_FOUND/RUN_NOT_FOUND. UNAVAILABLE/SHUTTING_DOWN: the daemon stops; resume later.
     """
+    DownloadReport: _aio.UnaryStreamMultiCallable[_run_pb2.DownloadReportRequest, _run_pb2.DownloadReportResponse]  # type: ignore[assignment]
+    """Streams the report of a finished run: one self-contained HTML file, then its pictures as PNG, each in pieces, in order.
+
+    Errors: NOT_FOUND/RUN_NOT_FOUND or REPORT_NOT_FOUND: the run has not finished.
+    """
     CompareModels: _aio.UnaryStreamMultiCallable[_run_pb2.CompareModelsRequest, _run_pb2.CompareModelsResponse]  # type: ignore[assignment]
-    """Answers the same prompts with several models side by side. Not available yet: UNIMPLEMENTED/NOT_IMPLEMENTED."""
+    """Answers the same prompts with several models of a run side by side: the student's base, the adapter it started from, the
+    distilled adapter, the teacher. Text comes as it is generated; a model's last message has its summary. Each student
+    answers in a worker process of the run's own; the teacher is the resident one.
+
+    Errors: NOT_FOUND/RUN_NOT_FOUND or CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION/TEACHER_NOT_LOADED, TEACHER_CHANGED: the teacher
+    loaded is another one than the run's. FAILED_PRECONDITION/RUN_STATE_CONFLICT: a run is training; the machine's
+    place for heavy work is taken. INVALID_ARGUMENT: no prompts, or a model of another name.
+    """
 
 class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs and their events. A run trains one student in a worker process of its own; the daemon survives whatever happens there."""
@@ -160,7 +184,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: INVALID_ARGUMENT/INVALID_RUN_CONFIG with one violation per fault, fields named `config.<name>`.
         ALREADY_EXISTS/REQUEST_ID_REUSED: the request_id came before with another configuration.
-        FAILED_PRECONDITION/RUN_REFUSED: a plugin refused the run.
+        FAILED_PRECONDITION/RUN_REFUSED: a plugin refused the run. RESOURCE_EXHAUSTED/OUT_OF_MEMORY: it would not fit (see `force`).
         """
 
     @_abc_1.abstractmethod
@@ -261,11 +285,29 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def DownloadReport(
+        self,
+        request: _run_pb2.DownloadReportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_run_pb2.DownloadReportResponse], _abc.AsyncIterator[_run_pb2.DownloadReportResponse]]:
+        """Streams the report of a finished run: one self-contained HTML file, then its pictures as PNG, each in pieces, in order.
+
+        Errors: NOT_FOUND/RUN_NOT_FOUND or REPORT_NOT_FOUND: the run has not finished.
+        """
+
+    @_abc_1.abstractmethod
     def CompareModels(
         self,
         request: _run_pb2.CompareModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_run_pb2.CompareModelsResponse], _abc.AsyncIterator[_run_pb2.CompareModelsResponse]]:
-        """Answers the same prompts with several models side by side. Not available yet: UNIMPLEMENTED/NOT_IMPLEMENTED."""
+        """Answers the same prompts with several models of a run side by side: the student's base, the adapter it started from, the
+        distilled adapter, the teacher. Text comes as it is generated; a model's last message has its summary. Each student
+        answers in a worker process of the run's own; the teacher is the resident one.
+
+        Errors: NOT_FOUND/RUN_NOT_FOUND or CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION/TEACHER_NOT_LOADED, TEACHER_CHANGED: the teacher
+        loaded is another one than the run's. FAILED_PRECONDITION/RUN_STATE_CONFLICT: a run is training; the machine's
+        place for heavy work is taken. INVALID_ARGUMENT: no prompts, or a model of another name.
+        """
 
 def add_RunServiceServicer_to_server(servicer: RunServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -980,7 +980,9 @@ Global___GetHeadRequest: _TypeAlias = GetHeadRequest  # noqa: Y015
 
 @_typing.final
 class HeadFacts(_message.Message):
-    """What is known of the head before its tensors. logits = hidden · weightᵀ (+ bias); quantised as mlx does it."""
+    """What is known of the head before its tensors. With z = hidden · weightᵀ (+ bias), quantised as mlx does it, and z scaled by
+    logit_scale, logits = z, or soft_cap · tanh(z / soft_cap) where there is a soft cap.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -989,6 +991,8 @@ class HeadFacts(_message.Message):
     GROUP_SIZE_FIELD_NUMBER: _builtins.int
     BITS_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
+    LOGIT_SCALE_FIELD_NUMBER: _builtins.int
+    SOFT_CAP_FIELD_NUMBER: _builtins.int
     padded_vocab_size: _builtins.int
     """Width of the logits."""
     hidden_size: _builtins.int
@@ -999,6 +1003,10 @@ class HeadFacts(_message.Message):
     """Bits per weight, 0 when not quantised."""
     mode: _builtins.str
     """mlx's quantisation mode, such as "affine"."""
+    logit_scale: _builtins.float
+    """Factor on the product; 0 means 1."""
+    soft_cap: _builtins.float
+    """Soft cap; 0: none."""
     def __init__(
         self,
         *,
@@ -1007,10 +1015,12 @@ class HeadFacts(_message.Message):
         group_size: _builtins.int = ...,
         bits: _builtins.int = ...,
         mode: _builtins.str = ...,
+        logit_scale: _builtins.float = ...,
+        soft_cap: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "group_size", b"group_size", "hidden_size", b"hidden_size", "mode", b"mode", "padded_vocab_size", b"padded_vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "group_size", b"group_size", "hidden_size", b"hidden_size", "logit_scale", b"logit_scale", "mode", b"mode", "padded_vocab_size", b"padded_vocab_size", "soft_cap", b"soft_cap"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

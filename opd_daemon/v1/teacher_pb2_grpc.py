@@ -126,6 +126,8 @@ class TeacherServiceServicer(object):
         Sequences are answered in the order in which they are ready; every block names its sequence. The first message
         carries the teacher's identity and nothing else. Cancelling the call, or its deadline passing, frees the work.
 
+        Without a teacher in memory, a request that names its digest is answered as long as all of it is in the cache.
+
         Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected
         digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …
         RESOURCE_EXHAUSTED/QUEUE_FULL: too much work is waiting; nothing was queued. FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED.

@@ -71,6 +71,8 @@ class TeacherServiceStub:
     Sequences are answered in the order in which they are ready; every block names its sequence. The first message
     carries the teacher's identity and nothing else. Cancelling the call, or its deadline passing, frees the work.
 
+    Without a teacher in memory, a request that names its digest is answered as long as all of it is in the cache.
+
     Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected
     digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …
     RESOURCE_EXHAUSTED/QUEUE_FULL: too much work is waiting; nothing was queued. FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED.
@@ -127,6 +129,8 @@ class TeacherServiceAsyncStub(TeacherServiceStub):
 
     Sequences are answered in the order in which they are ready; every block names its sequence. The first message
     carries the teacher's identity and nothing else. Cancelling the call, or its deadline passing, frees the work.
+
+    Without a teacher in memory, a request that names its digest is answered as long as all of it is in the cache.
 
     Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected
     digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …
@@ -205,6 +209,8 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Sequences are answered in the order in which they are ready; every block names its sequence. The first message
         carries the teacher's identity and nothing else. Cancelling the call, or its deadline passing, frees the work.
+
+        Without a teacher in memory, a request that names its digest is answered as long as all of it is in the cache.
 
         Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected
         digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …

@@ -26,7 +26,7 @@ from opd_daemon.v1 import event_pb2 as opd__daemon_dot_v1_dot_event__pb2
 from opd_daemon.v1 import run_pb2 as opd__daemon_dot_v1_dot_run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aopd_daemon/v1/worker.proto\x12\ropd_daemon.v1\x1a\x19opd_daemon/v1/event.proto\x1a\x17opd_daemon/v1/run.proto\"\x16\n\x14GetAssignmentRequest\"M\n\x15GetAssignmentResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.opd_daemon.v1.Run\x12\x13\n\x0bresume_path\x18\x02 \x01(\t\"r\n\nRunOutcome\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.opd_daemon.v1.RunState\x12&\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x17.opd_daemon.v1.RunError\x12\x14\n\x0c\x61\x64\x61pter_path\x18\x03 \x01(\t\"\xae\x01\n\x13ReportEventsRequest\x12%\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x14.opd_daemon.v1.EventH\x00\x12\'\n\x06gauges\x18\x02 \x01(\x0b\x32\x15.opd_daemon.v1.GaugesH\x00\x12\x11\n\x07running\x18\x03 \x01(\x08H\x00\x12,\n\x07outcome\x18\x04 \x01(\x0b\x32\x19.opd_daemon.v1.RunOutcomeH\x00\x42\x06\n\x04item\"(\n\x14ReportEventsResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\"$\n\x13\x41\x63quireLeaseRequest\x12\r\n\x05phase\x18\x01 \x01(\t\"$\n\x14\x41\x63quireLeaseResponse\x12\x0c\n\x04held\x18\x01 \x01(\x08\x32\xa1\x02\n\rWorkerService\x12Z\n\rGetAssignment\x12#.opd_daemon.v1.GetAssignmentRequest\x1a$.opd_daemon.v1.GetAssignmentResponse\x12Y\n\x0cReportEvents\x12\".opd_daemon.v1.ReportEventsRequest\x1a#.opd_daemon.v1.ReportEventsResponse(\x01\x12Y\n\x0c\x41\x63quireLease\x12\".opd_daemon.v1.AcquireLeaseRequest\x1a#.opd_daemon.v1.AcquireLeaseResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aopd_daemon/v1/worker.proto\x12\ropd_daemon.v1\x1a\x19opd_daemon/v1/event.proto\x1a\x17opd_daemon/v1/run.proto\"\x16\n\x14GetAssignmentRequest\"\x9f\x01\n\x15GetAssignmentResponse\x12\x1f\n\x03run\x18\x01 \x01(\x0b\x32\x12.opd_daemon.v1.Run\x12\x13\n\x0bresume_path\x18\x02 \x01(\t\x12\x17\n\x0fmemory_halvings\x18\x03 \x01(\x05\x12\x37\n\ncomparison\x18\x04 \x01(\x0b\x32#.opd_daemon.v1.CompareModelsRequest\"r\n\nRunOutcome\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.opd_daemon.v1.RunState\x12&\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x17.opd_daemon.v1.RunError\x12\x14\n\x0c\x61\x64\x61pter_path\x18\x03 \x01(\t\"\xae\x01\n\x13ReportEventsRequest\x12%\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x14.opd_daemon.v1.EventH\x00\x12\'\n\x06gauges\x18\x02 \x01(\x0b\x32\x15.opd_daemon.v1.GaugesH\x00\x12\x11\n\x07running\x18\x03 \x01(\x08H\x00\x12,\n\x07outcome\x18\x04 \x01(\x0b\x32\x19.opd_daemon.v1.RunOutcomeH\x00\x42\x06\n\x04item\"(\n\x14ReportEventsResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\"y\n\x17ReportComparisonRequest\x12\x36\n\x08response\x18\x01 \x01(\x0b\x32$.opd_daemon.v1.CompareModelsResponse\x12&\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x17.opd_daemon.v1.RunError\"\x1a\n\x18ReportComparisonResponse\"$\n\x13\x41\x63quireLeaseRequest\x12\r\n\x05phase\x18\x01 \x01(\t\"$\n\x14\x41\x63quireLeaseResponse\x12\x0c\n\x04held\x18\x01 \x01(\x08\x32\x88\x03\n\rWorkerService\x12Z\n\rGetAssignment\x12#.opd_daemon.v1.GetAssignmentRequest\x1a$.opd_daemon.v1.GetAssignmentResponse\x12Y\n\x0cReportEvents\x12\".opd_daemon.v1.ReportEventsRequest\x1a#.opd_daemon.v1.ReportEventsResponse(\x01\x12\x65\n\x10ReportComparison\x12&.opd_daemon.v1.ReportComparisonRequest\x1a\'.opd_daemon.v1.ReportComparisonResponse(\x01\x12Y\n\x0c\x41\x63quireLease\x12\".opd_daemon.v1.AcquireLeaseRequest\x1a#.opd_daemon.v1.AcquireLeaseResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,18 +35,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETASSIGNMENTREQUEST']._serialized_start=97
   _globals['_GETASSIGNMENTREQUEST']._serialized_end=119
-  _globals['_GETASSIGNMENTRESPONSE']._serialized_start=121
-  _globals['_GETASSIGNMENTRESPONSE']._serialized_end=198
-  _globals['_RUNOUTCOME']._serialized_start=200
-  _globals['_RUNOUTCOME']._serialized_end=314
-  _globals['_REPORTEVENTSREQUEST']._serialized_start=317
-  _globals['_REPORTEVENTSREQUEST']._serialized_end=491
-  _globals['_REPORTEVENTSRESPONSE']._serialized_start=493
-  _globals['_REPORTEVENTSRESPONSE']._serialized_end=533
-  _globals['_ACQUIRELEASEREQUEST']._serialized_start=535
-  _globals['_ACQUIRELEASEREQUEST']._serialized_end=571
-  _globals['_ACQUIRELEASERESPONSE']._serialized_start=573
-  _globals['_ACQUIRELEASERESPONSE']._serialized_end=609
-  _globals['_WORKERSERVICE']._serialized_start=612
-  _globals['_WORKERSERVICE']._serialized_end=901
+  _globals['_GETASSIGNMENTRESPONSE']._serialized_start=122
+  _globals['_GETASSIGNMENTRESPONSE']._serialized_end=281
+  _globals['_RUNOUTCOME']._serialized_start=283
+  _globals['_RUNOUTCOME']._serialized_end=397
+  _globals['_REPORTEVENTSREQUEST']._serialized_start=400
+  _globals['_REPORTEVENTSREQUEST']._serialized_end=574
+  _globals['_REPORTEVENTSRESPONSE']._serialized_start=576
+  _globals['_REPORTEVENTSRESPONSE']._serialized_end=616
+  _globals['_REPORTCOMPARISONREQUEST']._serialized_start=618
+  _globals['_REPORTCOMPARISONREQUEST']._serialized_end=739
+  _globals['_REPORTCOMPARISONRESPONSE']._serialized_start=741
+  _globals['_REPORTCOMPARISONRESPONSE']._serialized_end=767
+  _globals['_ACQUIRELEASEREQUEST']._serialized_start=769
+  _globals['_ACQUIRELEASEREQUEST']._serialized_end=805
+  _globals['_ACQUIRELEASERESPONSE']._serialized_start=807
+  _globals['_ACQUIRELEASERESPONSE']._serialized_end=843
+  _globals['_WORKERSERVICE']._serialized_start=846
+  _globals['_WORKERSERVICE']._serialized_end=1238
 # @@protoc_insertion_point(module_scope)

@@ -43,21 +43,31 @@ class GetAssignmentResponse(_message.Message):
 
     RUN_FIELD_NUMBER: _builtins.int
     RESUME_PATH_FIELD_NUMBER: _builtins.int
+    MEMORY_HALVINGS_FIELD_NUMBER: _builtins.int
+    COMPARISON_FIELD_NUMBER: _builtins.int
     resume_path: _builtins.str
     """Folder of the checkpoint to go on from; empty: from the start."""
+    memory_halvings: _builtins.int
+    """Halve micro-batches this many times: memory ran out before."""
     @_builtins.property
     def run(self) -> _run_pb2.Run:
         """The run."""
+
+    @_builtins.property
+    def comparison(self) -> _run_pb2.CompareModelsRequest:
+        """Set for a worker that compares the run's models instead of training."""
 
     def __init__(
         self,
         *,
         run: _run_pb2.Run | None = ...,
         resume_path: _builtins.str = ...,
+        memory_halvings: _builtins.int = ...,
+        comparison: _run_pb2.CompareModelsRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["resume_path", b"resume_path", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "memory_halvings", b"memory_halvings", "resume_path", b"resume_path", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -158,6 +168,53 @@ class ReportEventsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReportEventsResponse: _TypeAlias = ReportEventsResponse  # noqa: Y015
+
+@_typing.final
+class ReportComparisonRequest(_message.Message):
+    """Request of ReportComparison."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def response(self) -> _run_pb2.CompareModelsResponse:
+        """The next message for the caller."""
+
+    @_builtins.property
+    def error(self) -> _run_pb2.RunError:
+        """The last message when it failed."""
+
+    def __init__(
+        self,
+        *,
+        response: _run_pb2.CompareModelsResponse | None = ...,
+        error: _run_pb2.RunError | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportComparisonRequest: _TypeAlias = ReportComparisonRequest  # noqa: Y015
+
+@_typing.final
+class ReportComparisonResponse(_message.Message):
+    """Response of ReportComparison."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportComparisonResponse: _TypeAlias = ReportComparisonResponse  # noqa: Y015
 
 @_typing.final
 class AcquireLeaseRequest(_message.Message):

@@ -46,6 +46,11 @@ class WorkerServiceStub(object):
                 request_serializer=opd__daemon_dot_v1_dot_worker__pb2.ReportEventsRequest.SerializeToString,
                 response_deserializer=opd__daemon_dot_v1_dot_worker__pb2.ReportEventsResponse.FromString,
                 _registered_method=True)
+        self.ReportComparison = channel.stream_unary(
+                '/opd_daemon.v1.WorkerService/ReportComparison',
+                request_serializer=opd__daemon_dot_v1_dot_worker__pb2.ReportComparisonRequest.SerializeToString,
+                response_deserializer=opd__daemon_dot_v1_dot_worker__pb2.ReportComparisonResponse.FromString,
+                _registered_method=True)
         self.AcquireLease = channel.unary_stream(
                 '/opd_daemon.v1.WorkerService/AcquireLease',
                 request_serializer=opd__daemon_dot_v1_dot_worker__pb2.AcquireLeaseRequest.SerializeToString,
@@ -73,6 +78,13 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportComparison(self, request_iterator, context):
+        """Takes what a worker that compares models has to say to the caller of CompareModels, in order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AcquireLease(self, request, context):
         """Waits for the machine's one place for heavy work. Not available yet: UNIMPLEMENTED/NOT_IMPLEMENTED.
         """
@@ -92,6 +104,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.ReportEvents,
                     request_deserializer=opd__daemon_dot_v1_dot_worker__pb2.ReportEventsRequest.FromString,
                     response_serializer=opd__daemon_dot_v1_dot_worker__pb2.ReportEventsResponse.SerializeToString,
+            ),
+            'ReportComparison': grpc.stream_unary_rpc_method_handler(
+                    servicer.ReportComparison,
+                    request_deserializer=opd__daemon_dot_v1_dot_worker__pb2.ReportComparisonRequest.FromString,
+                    response_serializer=opd__daemon_dot_v1_dot_worker__pb2.ReportComparisonResponse.SerializeToString,
             ),
             'AcquireLease': grpc.unary_stream_rpc_method_handler(
                     servicer.AcquireLease,
@@ -155,6 +172,33 @@ class WorkerService(object):
             '/opd_daemon.v1.WorkerService/ReportEvents',
             opd__daemon_dot_v1_dot_worker__pb2.ReportEventsRequest.SerializeToString,
             opd__daemon_dot_v1_dot_worker__pb2.ReportEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportComparison(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/opd_daemon.v1.WorkerService/ReportComparison',
+            opd__daemon_dot_v1_dot_worker__pb2.ReportComparisonRequest.SerializeToString,
+            opd__daemon_dot_v1_dot_worker__pb2.ReportComparisonResponse.FromString,
             options,
             channel_credentials,
             insecure,

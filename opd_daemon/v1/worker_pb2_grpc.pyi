@@ -41,6 +41,8 @@ class WorkerServiceStub:
     """Takes a worker's events into the log, in order. The response comes when the stream ends and all are stored.
     An event's revision and run_id are set by the daemon.
     """
+    ReportComparison: _grpc.StreamUnaryMultiCallable[_worker_pb2.ReportComparisonRequest, _worker_pb2.ReportComparisonResponse]
+    """Takes what a worker that compares models has to say to the caller of CompareModels, in order."""
     AcquireLease: _grpc.UnaryStreamMultiCallable[_worker_pb2.AcquireLeaseRequest, _worker_pb2.AcquireLeaseResponse]
     """Waits for the machine's one place for heavy work. Not available yet: UNIMPLEMENTED/NOT_IMPLEMENTED."""
 
@@ -57,6 +59,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """Takes a worker's events into the log, in order. The response comes when the stream ends and all are stored.
     An event's revision and run_id are set by the daemon.
     """
+    ReportComparison: _aio.StreamUnaryMultiCallable[_worker_pb2.ReportComparisonRequest, _worker_pb2.ReportComparisonResponse]  # type: ignore[assignment]
+    """Takes what a worker that compares models has to say to the caller of CompareModels, in order."""
     AcquireLease: _aio.UnaryStreamMultiCallable[_worker_pb2.AcquireLeaseRequest, _worker_pb2.AcquireLeaseResponse]  # type: ignore[assignment]
     """Waits for the machine's one place for heavy work. Not available yet: UNIMPLEMENTED/NOT_IMPLEMENTED."""
 
@@ -82,6 +86,14 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Takes a worker's events into the log, in order. The response comes when the stream ends and all are stored.
         An event's revision and run_id are set by the daemon.
         """
+
+    @_abc_1.abstractmethod
+    def ReportComparison(
+        self,
+        request_iterator: _MaybeAsyncIterator[_worker_pb2.ReportComparisonRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.ReportComparisonResponse, _abc.Awaitable[_worker_pb2.ReportComparisonResponse]]:
+        """Takes what a worker that compares models has to say to the caller of CompareModels, in order."""
 
     @_abc_1.abstractmethod
     def AcquireLease(

@@ -10,7 +10,7 @@ from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct, Value
 
-from opd_daemon.types import Checkpoint, Plan, Run, RunState
+from opd_daemon.types import Checkpoint, Plan, PlannedBytes, Run, RunState
 from opd_daemon.v1 import run_pb2 as pb
 from opd_daemon.wire.events import (
     metrics_from_proto,
@@ -21,7 +21,8 @@ from opd_daemon.wire.events import (
     time_to_proto,
 )
 
-_NESTED = ("trainer_options", "lora")
+_STRUCTS = ("trainer_options", "divergence_options", "optimizer_options")
+_NESTED = (*_STRUCTS, "lora")
 
 
 def config_to_proto(values: Mapping[str, Any]) -> pb.RunConfig:
@@ -31,8 +32,9 @@ def config_to_proto(values: Mapping[str, Any]) -> pb.RunConfig:
         ValueError: a name the contract doesn't have, or a value of another type. Validate first.
     """
     message = pb.RunConfig(**{key: value for key, value in values.items() if key not in _NESTED and value is not None})
-    if values.get("trainer_options"):
-        message.trainer_options.CopyFrom(struct_to_proto(values["trainer_options"]))
+    for name in _STRUCTS:
+        if values.get(name):
+            getattr(message, name).CopyFrom(struct_to_proto(values[name]))
     lora = values.get("lora")
     if lora:
         message.lora.CopyFrom(pb.LoraConfig(**{key: value for key, value in lora.items() if value is not None}))
@@ -42,8 +44,8 @@ def config_to_proto(values: Mapping[str, Any]) -> pb.RunConfig:
 def config_from_proto(message: pb.RunConfig) -> dict[str, Any]:
     """The fields that are set, by name."""
     values = {field.name: value for field, value in message.ListFields() if field.name not in _NESTED}
-    if message.HasField("trainer_options"):
-        values["trainer_options"] = struct_from_proto(message.trainer_options)
+    structs = {field.name: value for field, value in message.ListFields() if field.name in _STRUCTS}
+    values |= {name: struct_from_proto(value) for name, value in structs.items()}
     if message.HasField("lora"):
         lora = {field.name: value for field, value in message.lora.ListFields() if field.name != "keys"}
         values["lora"] = {**lora, **({"keys": list(message.lora.keys)} if message.lora.keys else {})}
@@ -101,7 +103,22 @@ def plan_to_proto(plan: Plan) -> pb.RunPlan:
         available_bytes=plan.available_bytes,
         assumptions=plan.assumptions,
         warnings=plan.warnings,
+        phases=[pb.PlannedPhase(name=name, duration=seconds_to_proto(value)) for name, value in plan.phases],
+        memory=[_bytes_to_proto(part) for part in plan.memory],
+        disk=[_bytes_to_proto(part) for part in plan.disk],
+        fits=plan.fits,
+        advice=plan.advice,
+        machine=plan.machine,
+        calibrated=plan.calibrated,
     )
+
+
+def _bytes_to_proto(part: PlannedBytes) -> pb.PlannedBytes:
+    return pb.PlannedBytes(process=part.process, name=part.name, bytes=part.bytes)
+
+
+def _bytes_from_proto(message: pb.PlannedBytes) -> PlannedBytes:
+    return PlannedBytes(message.process, message.name, message.bytes)
 
 
 def plan_from_proto(message: pb.RunPlan) -> Plan:
@@ -114,6 +131,12 @@ def plan_from_proto(message: pb.RunPlan) -> Plan:
         available_bytes=message.available_bytes,
         assumptions=tuple(message.assumptions),
         warnings=tuple(message.warnings),
+        phases=tuple((phase.name, seconds_from_proto(phase.duration)) for phase in message.phases),
+        memory=tuple(_bytes_from_proto(part) for part in message.memory),
+        disk=tuple(_bytes_from_proto(part) for part in message.disk),
+        advice=tuple(message.advice),
+        machine=message.machine,
+        calibrated=message.calibrated,
     )
 
 
@@ -130,6 +153,8 @@ def run_to_proto(run: Run) -> pb.Run:
         best_step=run.best_step,
         adapter_path=run.adapter_path,
         attempt=run.attempt,
+        memory_halvings=run.memory_halvings,
+        report_path=run.report_path,
     )
     if run.started_at:
         message.started_at.CopyFrom(time_to_proto(run.started_at))
@@ -167,6 +192,8 @@ def run_from_proto(message: pb.Run) -> Run:
         error_reason=message.error.reason,
         error_message=message.error.message,
         attempt=message.attempt,
+        memory_halvings=message.memory_halvings,
+        report_path=message.report_path,
     )
 
 

@@ -12,13 +12,13 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from opd_daemon.config import LoraConfig, RunConfig, parse_config
-from opd_daemon.distill import gradients
-from opd_daemon.distill.batches import micro_batches
+from opd_daemon.distill import gradients, head_loss
+from opd_daemon.distill.batches import packed
 from opd_daemon.distill.data import Prompt
-from opd_daemon.distill.gradients import BatchGradient, backward
+from opd_daemon.distill.gradients import BatchGradient, gradient
 from opd_daemon.distill.objective import Objective
 from opd_daemon.distill.rollouts import Rollout
-from opd_daemon.distill.scoring import score
+from opd_daemon.distill.scoring import ask
 from opd_daemon.distill.student import Student
 from tests.distill.local_teacher import LocalTeacher
 
@@ -62,10 +62,10 @@ LENGTHS = [(5, 9), (3, 1), (17, 4), (8, 12), (2, 6)]
 def step(student: Student, teacher: LocalTeacher, config: RunConfig, size: int) -> tuple[dict[str, Any], float, Any]:
     """Gradient per token, loss per token and per-token values of a whole step."""
     made = rollouts(LENGTHS)
-    batches = micro_batches(
-        made, score(teacher, made, config), size=size, temperature=config.temperature, labels="completion"
+    batches = packed(
+        made, ask(teacher, made, config), size=size, temperature=config.temperature, labels="completion"
     )
-    results: list[BatchGradient] = [backward(student, batch, Objective.from_config(config)) for batch in batches]
+    results: list[BatchGradient] = [gradient(student, batch, Objective.from_config(config)) for batch in batches]
     count = sum(result.count for result in results)
     total: dict[str, Any] = {}
     for result in results:
@@ -88,7 +88,7 @@ def test_gradient_is_that_of_plain_autodiff(
     config = configured(divergence=divergence, temperature=temperature)
     found, loss, _ = step(student, teacher, config, size=5)
     made = rollouts(LENGTHS)
-    targets = score(teacher, made, config)
+    targets = ask(teacher, made, config)
 
     def plain() -> mx.array:
         total = mx.zeros(())
@@ -128,7 +128,7 @@ def test_chunks_and_a_second_forward_change_nothing(
     student: Student, teacher: LocalTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = step(student, teacher, configured(), size=5)
-    monkeypatch.setattr(gradients, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(head_loss, "CHUNK_BYTES", 1)
     chunked = step(student, teacher, configured(), size=5)
     monkeypatch.setattr(gradients, "KEPT_BYTES", 0)
     twice = step(student, teacher, configured(), size=5)
@@ -159,8 +159,8 @@ def test_rows_are_completion_tokens_whatever_their_ids(student: Student, teacher
         Rollout(Prompt(0, "", (1, 0, 2)), (0, eos, 0, 5), finished=True, source="data"),
         Rollout(Prompt(1, "", (4,)), (eos,), finished=True, source="data"),
     ]
-    targets = score(teacher, made, configured())
-    (batch,) = micro_batches(made, targets, size=2, temperature=2.0, labels="completion")
+    targets = ask(teacher, made, configured())
+    (batch,) = packed(made, targets, size=2, temperature=2.0, labels="completion")
     assert batch.tokens.shape == (2, 16)
     assert np.array(batch.places).tolist() == [0, 16 + 2, 16 + 3, 16 + 4, 16 + 5]
     assert np.array(batch.rows.labels).tolist() == [eos, 0, eos, 0, 5]

@@ -272,13 +272,13 @@ class Poisoned(Trainer):
     def train(self, context: TrainContext) -> None:
         from dataclasses import replace
 
-        from opd_daemon.distill import Objective, backward, micro_batches, sample_completions, score
+        from opd_daemon.distill import backward, micro_batches, sample_completions, score
 
         for step in context.loop:
             rollouts = sample_completions(context.student, step.prompts, max_tokens=4, temperature=1.0, seed=step.seed)
-            targets = score(context.teacher, rollouts, context.config)
-            for batch in micro_batches(rollouts, targets, size=2, temperature=1.0, labels="teacher"):
-                result = backward(context.student, batch, Objective.from_config(context.config))
+            targets = score(context, rollouts)
+            for batch in micro_batches(context, rollouts, targets, labels="teacher"):
+                result = backward(context, batch)
                 if step.number in self.poisoned:
                     result = replace(result, loss=float("nan"))
                 step.accumulate(result)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from opd_daemon.distill import (
-    Objective,
     Prompt,
     Rollout,
     backward,
@@ -30,8 +29,6 @@ class Offline:
         The divergence is always over the teacher's own top ids, so its answers come from the cache from the second
         epoch on. The cross-entropy aims at the completion's own tokens.
         """
-        config, student = context.config, context.student
-        objective = Objective.from_config(config)
         completions = Completions(context)
 
         for step in context.loop:
@@ -40,13 +37,11 @@ class Offline:
             step.log_rollouts(rollouts)
 
             with step.phase("score"):
-                targets = score(context.teacher, rollouts, config, context.masked_token_ids)
+                targets = score(context, rollouts)
 
             with step.phase("train"):
-                for batch in micro_batches(
-                    rollouts, targets, size=config.batch_size, temperature=config.temperature, labels="completion"
-                ):
-                    step.accumulate(backward(student, batch, objective))
+                for batch in micro_batches(context, rollouts, targets, labels="completion"):
+                    step.accumulate(backward(context, batch))
                 step.update()
 
 

@@ -6,7 +6,7 @@ D(teacher ‖ student) at every token of y. The samples are taken as given; no g
 
 from __future__ import annotations
 
-from opd_daemon.distill import Objective, backward, micro_batches, sample_completions, score
+from opd_daemon.distill import backward, micro_batches, sample_completions, score
 from opd_daemon.trainer import TrainContext
 
 
@@ -23,7 +23,6 @@ class OnPolicy:
         teach it nothing.
         """
         config, student = context.config, context.student
-        objective = Objective.from_config(config)
 
         for step in context.loop:
             with step.phase("rollout"):
@@ -38,11 +37,9 @@ class OnPolicy:
             step.log_rollouts(rollouts)
 
             with step.phase("score"):
-                targets = score(context.teacher, rollouts, config, context.masked_token_ids)
+                targets = score(context, rollouts)
 
             with step.phase("train"):
-                for batch in micro_batches(
-                    rollouts, targets, size=config.batch_size, temperature=config.temperature, labels="teacher"
-                ):
-                    step.accumulate(backward(student, batch, objective))
+                for batch in micro_batches(context, rollouts, targets, labels="teacher"):
+                    step.accumulate(backward(context, batch))
                 step.update()
