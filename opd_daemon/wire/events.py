@@ -42,6 +42,8 @@ def plain(message: Message) -> dict[str, Any]:
     """Every singular scalar field of a message by name; absent optional fields are None."""
     values: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
+        if field.message_type is not None:
+            continue
         absent = field.has_presence and not message.HasField(field.name)
         values[field.name] = None if absent else getattr(message, field.name)
     return values
