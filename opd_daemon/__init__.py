@@ -8,16 +8,16 @@ from opd_daemon.errors import OpdError
 from opd_daemon.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from opd_daemon.trainer import RunRefused, TrainerInfo
+    from opd_daemon.trainer import DivergenceInfo, RunRefused, TrainerInfo
 
     __version__: str
 
-__all__ = ["OpdError", "RunRefused", "TrainerInfo", "__version__", "hookimpl"]
+__all__ = ["DivergenceInfo", "OpdError", "RunRefused", "TrainerInfo", "__version__", "hookimpl"]
 
 
 def __getattr__(name: str) -> Any:
     # pydantic and numpy take a quarter of a second, and `opd --help` needs neither.
-    if name in ("RunRefused", "TrainerInfo"):
+    if name in ("DivergenceInfo", "RunRefused", "TrainerInfo"):
         from opd_daemon import trainer
 
         return getattr(trainer, name)

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
@@ -45,10 +54,21 @@ OptimizerName = Literal["adamw", "adam", "adafactor", "lion", "muon", "sgd"]
 Backward = Literal["auto", "plain", "checkpoint", "layerwise"]
 
 
-class LoraConfig(BaseModel):
-    """A fresh LoRA adapter, in mlx-lm's own terms. Ignored when `student_adapter_path` brings an adapter."""
+class _Settings(BaseModel):
+    """Settings that refuse unknown names, and true or false for a number, which Python would take as 1 and 0."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false are no value for this")
+        return value
+
+
+class LoraConfig(_Settings):
+    """A fresh LoRA adapter, in mlx-lm's own terms. Ignored when `student_adapter_path` brings an adapter."""
 
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     scale: Positive = Field(2.0, description="Factor on the adapter's output (mlx-lm's scale, not alpha).")
@@ -60,10 +80,10 @@ class LoraConfig(BaseModel):
     dora: bool = Field(False, description="Train a magnitude per output beside the low-rank product (DoRA).")
 
 
-class RunConfig(BaseModel):
+class RunConfig(_Settings):
     """Everything one run is made of. Paths are on the daemon's machine; `~` is expanded."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(validate_default=True)
 
     run_id: Identifier = Field("", description="Empty: distill_YYYYMMDD_HHMMSS.")
     session_id: Identifier = Field("", description="Session of a host application this run belongs to.")
@@ -230,6 +250,20 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
+class _UniqueNames(yaml.SafeLoader):
+    """Refuses a name given twice, of which YAML itself would silently take the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        names = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in names:
+                message = f"{key.value!r} is given twice; remove one of them"
+                raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+            names.add(key.value if isinstance(key.value, str) else id(key))
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a configuration file into plain data, not yet validated.
 
@@ -237,7 +271,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         OpdError: INVALID_RUN_CONFIG naming file and line when it can't be read or isn't a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueNames)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise OpdError(Reason.INVALID_RUN_CONFIG, f"{path}: no such file", path=path) from None
     except OSError as fault:

@@ -7,11 +7,18 @@ from, the cure) and *metadata* (every changing part of the message again, for pr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
 DOMAIN = "opd"
+
+# How MLX (on Metal and on CPU), the C++ runtime, OpenBLAS and Python say that there is no memory.
+OUT_OF_MEMORY_SIGNS = re.compile(
+    r"malloc|unable to allocate|out of memory|insufficient memory|bad_alloc|MemoryError|memory allocation .*failed",
+    re.IGNORECASE,
+)
 
 
 class Code(StrEnum):
@@ -72,6 +79,7 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     CANCELLED = "CANCELLED"
     NOT_A_NUMBER = "NOT_A_NUMBER"
+    MODELS_UNSOUND = "MODELS_UNSOUND"
     TRAINER_FAILED = "TRAINER_FAILED"
     WORKER_DIED = "WORKER_DIED"
     DAEMON_DIED = "DAEMON_DIED"
@@ -115,6 +123,7 @@ CODES: dict[Reason, Code] = {
     Reason.DEADLINE_EXCEEDED: Code.DEADLINE_EXCEEDED,
     Reason.CANCELLED: Code.CANCELLED,
     Reason.NOT_A_NUMBER: Code.DATA_LOSS,
+    Reason.MODELS_UNSOUND: Code.FAILED_PRECONDITION,
     Reason.TRAINER_FAILED: Code.INTERNAL,
     Reason.WORKER_DIED: Code.INTERNAL,
     Reason.DAEMON_DIED: Code.INTERNAL,

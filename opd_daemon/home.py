@@ -24,8 +24,15 @@ class RunFolders:
     rollouts: Path
     train_metrics: Path
     eval_metrics: Path
+    token_tables: Path
+    samples: Path
     report: Path
     worker_log: Path
+
+    @property
+    def pictures(self) -> Path:
+        """Folder of the report's pictures."""
+        return self.report.with_suffix("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +82,11 @@ class Home:
         return self.root / "digests.json"
 
     @property
+    def calibration(self) -> Path:
+        """What was measured of this machine, for plans."""
+        return self.root / "calibration.json"
+
+    @property
     def models(self) -> Path:
         """Models `ListModels` shows besides those runs have used."""
         return self.root / "models"
@@ -92,6 +104,8 @@ class Home:
             rollouts=self.root / "student_rollouts" / f"{run_id}.jsonl",
             train_metrics=self.root / "metrics" / f"{run_id}_train.jsonl",
             eval_metrics=self.root / "metrics" / f"{run_id}_eval.jsonl",
+            token_tables=self.root / "metrics" / f"{run_id}_tokens.json",
+            samples=self.root / "metrics" / f"{run_id}_samples.jsonl",
             report=self.root / "reports" / f"{run_id}.html",
             worker_log=self.logs / f"{run_id}.log",
         )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from opd_daemon.errors import OpdError, Reason
-from opd_daemon.types import Checkpoint, Event, EventKind, Plan, Run, RunState
+from opd_daemon.types import Checkpoint, Event, EventKind, Plan, PlannedBytes, Run, RunState
 
 T = TypeVar("T")
 
@@ -376,7 +376,13 @@ def _run(document: str) -> Run:
     values = json.loads(document)
     for name in ("created_at", "started_at", "finished_at"):
         values[name] = datetime.fromisoformat(values[name]) if values[name] else None
-    if plan := values["plan"]:
-        sentences = {name: tuple(plan[name]) for name in ("assumptions", "warnings")}
-        values["plan"] = Plan(**{**plan, **sentences})
+    values["plan"] = _plan(values["plan"]) if values["plan"] else None
     return Run(**{**values, "state": RunState(values["state"])})
+
+
+def _plan(values: dict[str, Any]) -> Plan:
+    """A plan as it was stored; one of an earlier version lacks what that didn't know."""
+    sentences = {name: tuple(values.get(name, ())) for name in ("assumptions", "warnings", "advice")}
+    parts = {name: tuple(PlannedBytes(**part) for part in values.get(name, ())) for name in ("memory", "disk")}
+    phases = tuple((name, seconds) for name, seconds in values.get("phases", ()))
+    return Plan(**{**values, **sentences, **parts, "phases": phases})

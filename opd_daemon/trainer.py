@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,6 +26,16 @@ class NoOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def from_the_student(_config: RunConfig, _options: BaseModel) -> Mapping[str, float]:
+    """Every completion is the student's own."""
+    return {"student": 1.0}
+
+
+def no_faults(_config: RunConfig, _options: BaseModel) -> Iterable[tuple[str, str]]:
+    """Any configuration will do."""
+    return ()
+
+
 class Trainer(Protocol):
     """A training method. `train` runs in a worker process and returns when the run is complete or was asked to stop."""
 
@@ -39,7 +49,10 @@ class TrainerInfo:
     """A trainer as plugins register it. `factory` is called in the worker only, so it may import heavy modules.
 
     on_policy: it trains on the student's own samples, so the best checkpoint is chosen on such; else it trains on
-    completions that don't depend on the student. uses_teacher: false for one that needs no teacher to train.
+    completions that don't depend on the student. uses_teacher: false for one that never asks the teacher to score.
+    sources: who writes the completions under a configuration, "student", "teacher" or "data", and the share of each.
+    faults: pairs of a configuration's field and what is wrong with it together with the options. Both are called in
+    the daemon, before anything loads.
     """
 
     name: str
@@ -49,14 +62,20 @@ class TrainerInfo:
     options: type[BaseModel] = NoOptions
     on_policy: bool = False
     uses_teacher: bool = True
+    sources: Callable[[RunConfig, BaseModel], Mapping[str, float]] = from_the_student
+    faults: Callable[[RunConfig, BaseModel], Iterable[tuple[str, str]]] = no_faults
+
+
+BUILT_IN_DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
+"""Names that no plugin can take; `opd_daemon.distill.registry` describes them."""
 
 
 @dataclass(frozen=True, slots=True)
 class DivergenceInfo:
-    """A divergence as plugins register it (see `opd_daemon.distill.divergences` for what `factory` returns).
+    """A divergence as plugins register it.
 
-    `factory` gets the options, and the temperature, and is called in the worker only, so it may import heavy modules.
-    signals: of "exact", "sparse", "sampled", those it can be computed from.
+    `factory(options, temperature)` returns an `opd_daemon.distill.Divergence` at that temperature. It is called in the
+    worker only, so it may import heavy modules. signals: of "exact", "sparse", "sampled", those it can be had from.
     """
 
     name: str
@@ -88,6 +107,10 @@ class Teacher(Protocol):
 
     def head(self) -> TeacherHead:
         """The teacher's output head, fetched once. Raises HIDDEN_NOT_SUPPORTED where it can't be split off."""
+        ...
+
+    def unload(self) -> None:
+        """Free the teacher's memory; the cache answers from then on. Raises TEACHER_IN_USE if another run needs it."""
         ...
 
 
@@ -122,6 +145,10 @@ class Reporter(Protocol):
 
     def gauges(self, values: dict[str, float]) -> None:
         """Report readings of which only the latest matters."""
+        ...
+
+    def settle(self) -> None:
+        """Return once every event so far is stored."""
         ...
 
 

@@ -443,3 +443,62 @@ class EvaluationMetrics:
     on_student: Comparison | None = None
     validation_kl: float | None = None
     tasks: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonRequest:
+    """Let several models of a run answer the same prompts.
+
+    prompts: as a user would type them. max_tokens: 0 is the run's max_generation_tokens. models: of `COMPARED_MODELS`,
+    empty for all the run has. temperature: 0 is greedy. speculative: the teacher also answers with the distilled
+    student as its draft model.
+    """
+
+    run_id: str
+    prompts: tuple[str, ...]
+    max_tokens: int = 0
+    models: tuple[str, ...] = ()
+    temperature: float = 0.0
+    speculative: bool = False
+
+
+COMPARED_MODELS = ("base", "sft", "distilled", "teacher")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """What was measured of one model, answering one prompt at a time; seconds include the prompts.
+
+    speedup: over the teacher. weight_bytes: in memory, adapter included. forward_kl, reverse_kl: to the teacher, nats
+    per token over the full vocabulary on the teacher's completions; agreement: with its likeliest token; acceptance:
+    Σ min(model, teacher). accepted_fraction: of the tokens drafted in speculative decoding.
+    """
+
+    tokens: int
+    seconds: float
+    weight_bytes: int
+    adapter_bytes: int = 0
+    peak_bytes: int = 0
+    speedup: float | None = None
+    forward_kl: float | None = None
+    reverse_kl: float | None = None
+    agreement: float | None = None
+    acceptance: float | None = None
+    accepted_fraction: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens generated a second."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAnswer:
+    """A piece of one model's answer to one prompt, `tokens` long; with a model's last one, its summary."""
+
+    model: str
+    prompt_index: int = 0
+    text: str = ""
+    tokens: int = 0
+    finish_reason: str = ""
+    summary: ModelSummary | None = None

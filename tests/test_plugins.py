@@ -30,6 +30,14 @@ def opd_trainers():
     return [TrainerInfo("{name}", "1.0", "Trains.", lambda: None)]
 """
 
+DIVERGENCE = """
+from opd_daemon import DivergenceInfo, hookimpl
+
+@hookimpl
+def opd_divergences():
+    return [DivergenceInfo("{name}", "Far apart.", lambda options, temperature: None, signals={signals})]
+"""
+
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
@@ -124,6 +132,44 @@ def test_two_trainers_of_one_name_the_second_plugin_is_refused(install: Install)
     registry = PluginRegistry.discover({"one", "two"})
     assert registry.plugin_of_trainer("mine") == "one"
     assert "trainer 'mine' is offered by another plugin" in only_failure(registry)
+
+
+def test_a_divergence_from_its_own_package_is_found(install: Install) -> None:
+    install("far", DIVERGENCE.format(name="renyi", signals=("exact",)))
+    registry = PluginRegistry.discover({"far"})
+    [plugin] = registry.loaded
+    assert (plugin.hooks, plugin.trainers, plugin.divergences) == (("opd_divergences",), (), ("renyi",))
+    assert registry.divergences["renyi"].summary == "Far apart."
+    assert registry.plugin_of_divergence("renyi") == "far"
+    assert registry.plugin_of_divergence("jsd") == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (DIVERGENCE.format(name="jsd", signals=("exact",)), "divergence 'jsd' is offered by another plugin, or by opd"),
+        (DIVERGENCE.format(name="no name", signals=("exact",)), "is no name"),
+        (DIVERGENCE.format(name="renyi", signals=("half",)), "has signals ('half',); give some of exact, sparse"),
+        (DIVERGENCE.format(name="renyi", signals=()), "has signals ()"),
+        ("from opd_daemon import hookimpl\n@hookimpl\ndef opd_divergences(): return ['kl']", "DivergenceInfo"),
+    ],
+)
+def test_a_broken_divergence_is_reported_and_the_others_work(install: Install, code: str, words: str) -> None:
+    install("broken", code)
+    install("good", DIVERGENCE.format(name="mine", signals=("exact", "sparse")))
+    registry = PluginRegistry.discover({"broken", "good"})
+    error = only_failure(registry)
+    assert "opd_divergences" in error
+    assert words in error
+    assert list(registry.divergences) == ["mine"]
+
+
+def test_two_divergences_of_one_name_the_second_plugin_is_refused(install: Install) -> None:
+    for name in ("one", "two"):
+        install(name, DIVERGENCE.format(name="mine", signals=("exact",)))
+    registry = PluginRegistry.discover({"one", "two"})
+    assert registry.plugin_of_divergence("mine") == "one"
+    assert "divergence 'mine' is offered by another plugin" in only_failure(registry)
 
 
 def test_what_a_plugin_prints_stays_out_of_standard_output(

@@ -14,7 +14,7 @@ import pytest
 
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.store import SCHEMA_VERSION, Store, WorkerRecord
-from opd_daemon.types import Event, EventKind, Plan, Run, RunState
+from opd_daemon.types import Event, EventKind, Plan, PlannedBytes, Run, RunState
 
 NOW = datetime(2026, 11, 23, 10, 0, 0, tzinfo=UTC)
 
@@ -51,7 +51,8 @@ def add_run(store: Store, run: Run | None = None, digest: str = "d") -> None:
 
 def test_a_run_comes_back_exactly_as_it_was_stored(tmp_path: Path) -> None:
     run = make_run(
-        plan=Plan(1.5, 10, 20, 30, 40, ("a", "b"), ("w",)),
+        plan=Plan(1.5, 10, 20, 30, 40, ("a", "b"), ("w",), (("train", 1.0),), (PlannedBytes("daemon", "t", 3),)),
+        memory_halvings=2,
         started_at=NOW + timedelta(seconds=1),
         seconds_remaining=12.5,
         latest_metrics={"loss": 1.0},

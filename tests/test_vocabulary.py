@@ -58,3 +58,16 @@ def test_a_folder_without_a_readable_tokenizer_is_an_error(tmp_path: Path, conte
     with pytest.raises(OpdError, match="tokenizer") as caught:
         load_vocabulary(tmp_path)
     assert caught.value.reason is Reason.MODEL_NOT_FOUND
+
+
+def test_qwen3_is_qwen2_5_plus_four_tokens(qwen3_tokenizer: Path, qwen25_tokenizer: Path) -> None:
+    teacher, student = load_vocabulary(qwen3_tokenizer), load_vocabulary(qwen25_tokenizer)
+    match = compare_vocabularies(teacher, student)
+    assert match.compatible
+    assert (match.shared_size, match.only_student) == (151_665, ())
+    assert [teacher[index] for index in match.only_teacher] == [
+        "<tool_response>",
+        "</tool_response>",
+        "<think>",
+        "</think>",
+    ]

@@ -162,3 +162,22 @@ def random_weight(name: str, shape: tuple[int, ...], key: mx.array) -> mx.array:
 def write_json(path: Path, content: object) -> None:
     """Write one JSON file."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_tiny_adapter(path: Path, base: Path, *, seed: int = 0, size: float = 0.02, rank: int = 4) -> Path:
+    """Write an mlx-lm LoRA adapter for `base` with random weights of the given size, and return its folder."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(base)
+    model.freeze()
+    settings = {"rank": rank, "scale": 2.0, "dropout": 0.0}
+    linear_to_lora_layers(model, len(model.layers), settings)
+    shapes = sorted((name, value.shape) for name, value in tree_flatten(model.trainable_parameters()))
+    keys = mx.random.split(mx.random.key(seed), len(shapes))
+    weights = {name: size * mx.random.normal(shape, key=key) for (name, shape), key in zip(shapes, keys, strict=True)}
+    path.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(path / "adapters.safetensors"), weights, metadata={"format": "mlx"})
+    content = {"fine_tune_type": "lora", "num_layers": len(model.layers), "lora_parameters": settings}
+    write_json(path / "adapter_config.json", content)
+    return path

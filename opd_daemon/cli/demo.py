@@ -81,14 +81,10 @@ class TerminalStage:
 
 
 def _curve(result: DemoResult, file: Path) -> str:
-    """Draw the curve; without matplotlib say so and go on, as the numbers are all there."""
+    """Draw the learning curve; the path of the picture."""
     from opd_daemon.demo.curve import draw_curve
 
-    try:
-        return str(draw_curve(result, file))
-    except ModuleNotFoundError:
-        output.say("• no learning curve: matplotlib is missing; pip install 'opd-daemon[demo]' brings it")
-        return ""
+    return str(draw_curve(result, file))
 
 
 def _wait(home: Home) -> None:

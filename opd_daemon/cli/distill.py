@@ -34,6 +34,7 @@ def distill(
     again: bool | None = typer.Option(
         None, "--resume/--new", help="If this configuration has an unfinished run: take it up, or start anew."
     ),
+    force: bool = typer.Option(False, "--force", help="Start although the plan says that memory won't do."),
     yes: bool = typer.Option(False, "--yes", "-y", help="Answer every question with yes."),
 ) -> int:
     """Distil: check everything, show the plan, train, and show how KL and agreement change.
@@ -47,8 +48,8 @@ def distill(
     valid = request.config()
     if serve and detach:
         raise typer.BadParameter("a daemon that ends with this command can't be left alone", param_hint="--detach")
-    with _daemon(serve=serve, yes=yes) as daemon:
-        choices = Choices(again=again, yes=yes, check=check)
+    with daemon_in_use(serve=serve, yes=yes) as daemon:
+        choices = Choices(again=again, yes=yes, check=check, force=force)
         chosen = choose_run(daemon.client, request, valid, choices)
         if isinstance(chosen, int):
             return chosen
@@ -65,6 +66,7 @@ class Choices:
     again: bool | None
     yes: bool
     check: bool
+    force: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class DaemonInUse:
 
 
 @contextmanager
-def _daemon(*, serve: bool, yes: bool) -> Iterator[DaemonInUse]:
+def daemon_in_use(*, serve: bool, yes: bool) -> Iterator[DaemonInUse]:
     """The running daemon, or one of our own when that is wanted.
 
     Raises:
@@ -170,21 +172,21 @@ def _create(client: Client, request: DistillRequest, valid: RunConfig, choices: 
         risky = bool(planned.plan and planned.plan.warnings) and not choices.yes
         if risky and output.can_ask() and not typer.confirm("start nevertheless?", default=True, err=True):
             return exits.OK
-        return client.create_run(values, request_id=str(uuid.uuid4()))[0]
+        return client.create_run(values, request_id=str(uuid.uuid4()), force=choices.force)[0]
     except OpdError as error:
         raise request.placed(error) if error.violations else error from None
 
 
 def show_plan(plan: Plan) -> None:
-    """What the run will take, on stderr."""
+    """What the run will take, in short, on stderr; 'opd plan' shows all of it."""
+    phases = ", ".join(f"{name} {text.duration(seconds)}" for name, seconds in plan.phases if seconds >= 1)
     memory = f"{text.size(plan.daemon_peak_bytes)} daemon + {text.size(plan.worker_peak_bytes)} worker"
-    output.say(f"plan:   {text.duration(plan.seconds)}")
+    output.say(f"plan:   {text.duration(plan.seconds)} ({phases})")
     output.say(f"memory: {text.size(plan.peak_bytes)} ({memory}) of {text.size(plan.available_bytes)}")
     output.say(f"disk:   {text.size(plan.disk_bytes)}")
-    for line in plan.assumptions:
-        output.say(f"  assumed: {line}")
-    for line in plan.warnings:
-        output.say(f"  warning: {line}")
+    for name, lines in (("assumed", plan.assumptions), ("warning", plan.warnings), ("advice", plan.advice)):
+        for line in lines if name != "advice" or plan.warnings else ():
+            output.say(f"  {name}: {line}")
 
 
 def _follow(daemon: DaemonInUse, run: Run) -> int:

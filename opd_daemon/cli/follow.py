@@ -74,6 +74,8 @@ def end_lines(run: Run, progress: RunProgress) -> Iterator[str]:
         yield f"adapter: {run.adapter_path}"
         model = run.config.get("base_model_path", "")
         yield f"use it:  mlx_lm.generate --model {model} --adapter-path {run.adapter_path} --prompt '…'"
+    if run.report_path:
+        yield f"report:  {run.report_path}"
     if run.state.resumable:
         yield f"go on:   opd resume {run.run_id}"
 

@@ -20,6 +20,7 @@ from opd_daemon.types import Event, Gauges, RunState
 
 REFRESH_PER_SECOND = 4
 NARROW, NARROWEST = 76, 50
+ROOMY = 24
 FEWEST_LOG_LINES, MOST_LOG_LINES = 2, 10
 STATE_STYLES = {
     RunState.RUNNING: "bold green",
@@ -57,6 +58,11 @@ def measures(divergence: str) -> tuple[Measure, ...]:
         Measure("teacher entropy", "teacher_entropy", nats, 0),
         Measure("loss", "loss", nats, -1),
     )
+
+
+def own_measures() -> tuple[Measure, ...]:
+    """Rows about the student's own samples of the held-out prompts, which training has no counterpart of."""
+    return (Measure("own samples' KL", "own_kl", nats, -1), Measure("acceptance", "acceptance", percent, 1))
 
 
 class LiveView:
@@ -101,8 +107,10 @@ def frame(progress: RunProgress, width: int, height: int) -> RenderableType:
     """One picture of the run: at most `height` − 1 lines, so that it never scrolls."""
     inner = width - 4
     machine = machine_lines(progress, inner)
-    top = [bar(progress, inner), Text(), metric_table(progress, inner), Text(), *machine]
-    used = 2 + 2 + len(measures("")) + 2 + len(machine) + 1
+    rows = measures(str(progress.run.config.get("divergence", "reverse_kl")))
+    rows += own_measures() if height >= ROOMY else ()
+    top = [bar(progress, inner), Text(), metric_table(progress, rows, inner), Text(), *machine]
+    used = 2 + 2 + len(rows) + 2 + len(machine) + 1
     room = min(MOST_LOG_LINES, max(FEWEST_LOG_LINES, height - used - 2))
     log = [
         Text(f"{time} {one_line(text, 400)}", style="dim", no_wrap=True) for time, text in list(progress.lines)[-room:]
@@ -133,18 +141,29 @@ def bar(progress: RunProgress, width: int) -> RenderableType:
     return grid
 
 
-def metric_table(progress: RunProgress, width: int) -> Table:
+def metric_table(progress: RunProgress, rows: Iterable[Measure], width: int) -> Table:
     """Metrics of training and of the held-out prompts, each with its change since the start where there is room."""
     table = Table(box=None, pad_edge=False, padding=(0, 2 if width >= NARROW else 1, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
     changes = width >= NARROWEST
     for title in ("training", "change", "held-out", "change") if changes else ("training", "held-out"):
         table.add_column(title, justify="right", no_wrap=True, min_width=8 if width >= NARROW else 6)
-    for measure in measures(str(progress.run.config.get("divergence", "reverse_kl"))):
+    divergence = str(progress.run.config.get("divergence", "reverse_kl"))
+    now, start = (_held_out(entry, divergence) for entry in (progress.evaluation, progress.baseline))
+    for measure in rows:
         training = _cells(measure, progress.metrics, progress.first)
-        held_out = _cells(measure, progress.evaluation, progress.baseline)
+        held_out = _cells(measure, now, start)
         table.add_row(measure.title, *training[: 2 if changes else 1], *held_out[: 2 if changes else 1])
     return table
+
+
+def _held_out(evaluation: dict[str, Any], divergence: str) -> dict[str, Any]:
+    """An evaluation with what is known of the student's own samples beside it."""
+    own = evaluation.get("on_student")
+    if not own:
+        return evaluation
+    name = "reverse_kl" if divergence == "reverse_kl" else "forward_kl"
+    return {**evaluation, "own_kl": own[name], "acceptance": own["acceptance"]}
 
 
 def _cells(measure: Measure, now: dict[str, Any], start: dict[str, Any]) -> tuple[Text, Text]:

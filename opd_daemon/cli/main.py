@@ -9,7 +9,22 @@ from typing import Any
 
 import typer
 
-from opd_daemon.cli import cache, demo, distill, exits, look, output, plugins, runs, serve, teacher
+from opd_daemon.cli import (
+    cache,
+    compare,
+    demo,
+    distill,
+    exits,
+    look,
+    output,
+    plan,
+    plugins,
+    report,
+    runs,
+    serve,
+    sweep,
+    teacher,
+)
 from opd_daemon.errors import OpdError
 
 app = typer.Typer(
@@ -23,13 +38,17 @@ app = typer.Typer(
 
 app.command("demo", rich_help_panel="Begin here")(demo.demo)
 app.command("distill", rich_help_panel="Begin here")(distill.distill)
+app.command("sweep", rich_help_panel="Begin here")(sweep.sweep)
 
 app.command("runs", rich_help_panel="Runs")(runs.list_runs)
 app.command("status", rich_help_panel="Runs")(runs.status)
+app.command("plan", rich_help_panel="Runs")(plan.plan)
 app.command("watch", rich_help_panel="Runs")(runs.watch)
 app.command("stop", rich_help_panel="Runs")(runs.stop)
 app.command("resume", rich_help_panel="Runs")(runs.resume)
 app.command("metrics", rich_help_panel="Runs")(runs.metrics)
+app.command("report", rich_help_panel="Runs")(report.report)
+app.command("compare", rich_help_panel="Runs")(compare.compare)
 app.command("delete", rich_help_panel="Runs")(runs.delete)
 
 app.command("serve", rich_help_panel="Daemon and teacher")(serve.serve)
@@ -38,6 +57,7 @@ app.command("score", rich_help_panel="Daemon and teacher")(look.score)
 app.command("generate", rich_help_panel="Daemon and teacher")(look.generate)
 app.add_typer(cache.app, name="cache", rich_help_panel="Daemon and teacher")
 app.command("trainers", rich_help_panel="Daemon and teacher")(plugins.trainers)
+app.command("divergences", rich_help_panel="Daemon and teacher")(plugins.divergences)
 app.command("plugins", rich_help_panel="Daemon and teacher")(plugins.plugins)
 
 

@@ -80,13 +80,29 @@ def _metrics(payload: dict[str, Any]) -> str:
 
 
 def _evaluation(payload: dict[str, Any]) -> str:
-    best = "  (best so far)" if payload.get("is_best") else ""
-    return (
-        f"held-out after step {payload['step']}: forward KL {payload['forward_kl']:.4f}  "
-        f"reverse KL {payload['reverse_kl']:.4f}  agreement {percent(payload['agreement'])}  "
-        f"top-5 {percent(payload['top5_agreement'])}  "
-        f"entropy teacher {payload['teacher_entropy']:.3f} student {payload['student_entropy']:.3f}{best}"
-    )
+    on_teacher = payload.get("on_teacher") or payload
+    parts = [
+        f"held-out after step {payload['step']}: {_divergences(on_teacher)}",
+        f"agreement {percent(payload['agreement'])}",
+        f"top-5 {percent(payload['top5_agreement'])}",
+        f"entropy teacher {payload['teacher_entropy']:.3f} student {payload['student_entropy']:.3f}",
+    ]
+    if own := payload.get("on_student"):
+        parts.append(f"own samples: {_divergences(own)}  acceptance {percent(own['acceptance'])}")
+    parts += [f"{name} {score:.4f}" for name, score in (payload.get("tasks") or {}).items()]
+    if payload.get("is_best"):
+        parts.append("(best so far)")
+    return "  ".join(parts)
+
+
+def _divergences(comparison: dict[str, Any]) -> str:
+    """Both KLs, each with half its 95 % confidence interval where that is known."""
+    widths = comparison.get("half_widths") or {}
+    shown = []
+    for title, name in (("forward KL", "forward_kl"), ("reverse KL", "reverse_kl")):
+        spread = f" ± {widths[name]:.4f}" if name in widths else ""
+        shown.append(f"{title} {comparison[name]:.4f}{spread}")
+    return "  ".join(shown)
 
 
 def _checkpoint(payload: dict[str, Any]) -> str:

@@ -107,7 +107,17 @@ def metrics(
     output.show_table(columns, map(_metrics_row, steps), numbers=columns)
     if evaluations:
         output.show()
-        held_out = ("HELD-OUT AFTER STEP", "FORWARD KL", "REVERSE KL", "AGREEMENT", "TOP-5", "H TEACHER", "H STUDENT")
+        held_out = (
+            "HELD-OUT AFTER STEP",
+            "FORWARD KL",
+            "REVERSE KL",
+            "AGREEMENT",
+            "TOP-5",
+            "H TEACHER",
+            "H STUDENT",
+            "OWN SAMPLES: REVERSE KL",
+            "ACCEPTANCE",
+        )
         output.show_table(held_out, map(_evaluation_row, evaluations), numbers=held_out)
     if best:
         output.say(f"best checkpoint: step {best.step}, {best.path}")
@@ -189,6 +199,7 @@ def _metrics_row(step: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _evaluation_row(entry: dict[str, Any]) -> tuple[str, ...]:
+    own = entry.get("on_student")
     return (
         f"{entry['step']}{' *' if entry['is_best'] else ''}",
         f"{entry['forward_kl']:.4f}",
@@ -197,6 +208,8 @@ def _evaluation_row(entry: dict[str, Any]) -> tuple[str, ...]:
         text.percent(entry["top5_agreement"]),
         f"{entry['teacher_entropy']:.3f}",
         f"{entry['student_entropy']:.3f}",
+        f"{own['reverse_kl']:.4f}" if own else "",
+        text.percent(own["acceptance"]) if own else "",
     )
 
 
@@ -217,6 +230,7 @@ def _facts(run: Run, checkpoints: list[str]) -> list[tuple[str, str]]:
         ("plan", f"{text.duration(plan.seconds)}, {text.size(plan.peak_bytes)} of memory" if plan else ""),
         ("checkpoints", ", ".join(checkpoints)),
         ("adapter", run.adapter_path),
+        ("report", run.report_path),
         ("created", text.day_and_clock(run.created_at)),
         ("finished", text.day_and_clock(run.finished_at) if run.finished_at else ""),
     ]

@@ -21,6 +21,17 @@ class TrainerEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class DivergenceEntry:
+    """A divergence; signals are those it can be had from, plugin is empty for those that are built in."""
+
+    name: str
+    summary: str
+    signals: tuple[str, ...]
+    options_schema: dict[str, Any]
+    plugin: str
+
+
+@dataclass(frozen=True, slots=True)
 class PluginEntry:
     """A plugin; `error` says why it is not in use and is empty when it is."""
 
@@ -31,6 +42,7 @@ class PluginEntry:
     trainers: tuple[str, ...]
     import_seconds: float
     error: str
+    divergences: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +82,12 @@ def trainer_entry(message: pb.Trainer) -> TrainerEntry:
     return TrainerEntry(message.name, message.version, message.summary, message.plugin, schema)
 
 
+def divergence_entry(message: pb.Divergence) -> DivergenceEntry:
+    """A divergence."""
+    schema = struct_from_proto(message.options_schema)
+    return DivergenceEntry(message.name, message.summary, tuple(message.signals), schema, message.plugin)
+
+
 def plugin_entry(message: pb.Plugin) -> PluginEntry:
     """A plugin."""
     return PluginEntry(
@@ -80,6 +98,7 @@ def plugin_entry(message: pb.Plugin) -> PluginEntry:
         tuple(message.trainers),
         message.import_seconds,
         message.error,
+        tuple(message.divergences),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +16,7 @@ from opd_daemon.client import catalog
 from opd_daemon.client import teacher as remote
 from opd_daemon.client.adapter import Choice, save_adapter
 from opd_daemon.client.connection import Connection, find_endpoint
+from opd_daemon.client.report import ReportFile, read_report
 from opd_daemon.client.watch import Watch
 from opd_daemon.config import parse_config
 from opd_daemon.errors import OpdError, Reason
@@ -24,11 +26,13 @@ from opd_daemon.types import (
     CachedScores,
     CacheStats,
     Checkpoint,
+    ComparisonRequest,
     Event,
     Gauges,
     GeneratedToken,
     GenerateRequest,
     LoadProgress,
+    ModelAnswer,
     Run,
     RunState,
     ScoreRequest,
@@ -39,6 +43,7 @@ from opd_daemon.v1 import catalog_pb2, run_pb2, teacher_pb2
 from opd_daemon.v1.catalog_pb2_grpc import CatalogServiceStub
 from opd_daemon.v1.run_pb2_grpc import RunServiceStub
 from opd_daemon.v1.teacher_pb2_grpc import TeacherServiceStub
+from opd_daemon.wire import comparison as wire_comparison
 from opd_daemon.wire import runs as wire_runs
 from opd_daemon.wire import teacher as wire_teacher
 from opd_daemon.wire.events import evaluation_from_proto, metrics_from_proto, state_to_proto
@@ -172,18 +177,29 @@ class Client:
     # Runs
 
     def create_run(
-        self, values: Mapping[str, Any], *, preset: str = "", request_id: str = "", validate_only: bool = False
+        self,
+        values: Mapping[str, Any],
+        *,
+        preset: str = "",
+        request_id: str = "",
+        validate_only: bool = False,
+        machine: str = "",
+        force: bool = False,
     ) -> tuple[Run, int]:
         """Check, plan and (unless validate_only) accept a run; with the log's revision at that moment.
 
+        machine: with validate_only, plan for that machine, such as "M4 Max 64 GB". force: accept a run that won't fit.
+
         Raises:
-            OpdError: INVALID_RUN_CONFIG with one violation per fault; RUN_REFUSED; REQUEST_ID_REUSED.
+            OpdError: INVALID_RUN_CONFIG with one violation per fault; RUN_REFUSED; REQUEST_ID_REUSED; OUT_OF_MEMORY.
         """
         request = run_pb2.CreateRunRequest(
             request_id=request_id,
             config=_config_message(values),
             preset=preset,
             validate_only=validate_only,
+            machine=machine,
+            force=force,
         )
         repeatable = bool(request_id) or validate_only
         answer = self.connection.unary(RunServiceStub, "CreateRun", request, timeout=PLAN_TIMEOUT, retry=repeatable)
@@ -248,6 +264,21 @@ class Client:
         """Write an adapter's files into `folder` and return their paths; by default the best adapter there is."""
         return save_adapter(self.connection, run_id, folder, choice)
 
+    def compare(self, request: ComparisonRequest) -> Generator[ModelAnswer, None, None]:
+        """Let a run's models answer the same prompts; pieces of the answers as they come. Leaving it ends the work."""
+        message = wire_comparison.request_to_proto(request)
+        with closing(self.connection.stream(RunServiceStub, "CompareModels", message)) as answers:
+            for answer in answers:
+                yield wire_comparison.answer_from_proto(answer)
+
+    def report(self, run_id: str) -> Iterator[ReportFile]:
+        """The report of a run that has finished: one HTML page, then its pictures as PNG.
+
+        Raises:
+            OpdError: RUN_NOT_FOUND; REPORT_NOT_FOUND.
+        """
+        return read_report(self.connection, run_id)
+
     def watch(
         self,
         after_revision: int | None = None,
@@ -273,6 +304,11 @@ class Client:
         """Training methods."""
         answer = self._read(CatalogServiceStub, "ListTrainers", catalog_pb2.ListTrainersRequest())
         return [catalog.trainer_entry(entry) for entry in answer.trainers]
+
+    def divergences(self) -> list[catalog.DivergenceEntry]:
+        """The divergences there are, built in and from plugins."""
+        answer = self._read(CatalogServiceStub, "ListDivergences", catalog_pb2.ListDivergencesRequest())
+        return [catalog.divergence_entry(entry) for entry in answer.divergences]
 
     def plugins(self) -> list[catalog.PluginEntry]:
         """Plugins, including those that failed to load."""

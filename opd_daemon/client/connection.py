@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -173,7 +173,9 @@ class Connection:
                 raise not_running(self.home)
         raise AssertionError  # the last round has returned or raised
 
-    def stream(self, stub: type[Any], method: str, request: Any, *, timeout: float | None = None) -> Iterator[Any]:
+    def stream(
+        self, stub: type[Any], method: str, request: Any, *, timeout: float | None = None
+    ) -> Generator[Any, None, None]:
         """The answers of one streaming call; leaving the iteration cancels it.
 
         Raises:

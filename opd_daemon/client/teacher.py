@@ -173,13 +173,15 @@ def fetch_head(connection: Streams, expected: Expected) -> TeacherHead:
 class RemoteTeacher:
     """`opd_daemon.trainer.Teacher` over the public API, bound to the teacher that was loaded when it was made.
 
-    Another teacher or tokenizer is refused by the daemon (TEACHER_CHANGED, TOKENIZER_MISMATCH). While the daemon's
-    queue is full or it is loading, calls wait. Once `should_stop` says so, they end with CANCELLED.
+    Another teacher or tokenizer is refused by the daemon (TEACHER_CHANGED, TOKENIZER_MISMATCH); for a teacher that is
+    no longer in memory its cache answers. While the daemon's queue is full or it is loading, calls wait. Once
+    `should_stop` says so, they end with CANCELLED.
     """
 
     def __init__(
         self, client: Client, *, use_cache: bool = True, should_stop: Callable[[], bool] = lambda: False
     ) -> None:
+        self._client = client
         self._connection = Interruptible(client.connection, should_stop)
         self._use_cache = use_cache
         self._info = client.loaded_teacher()
@@ -204,6 +206,14 @@ class RemoteTeacher:
         if self._head is None:
             self._head = fetch_head(self._connection, self._expected)
         return self._head
+
+    def unload(self) -> None:
+        """Free the teacher's memory; from then on the daemon answers what its cache holds, and nothing else.
+
+        Raises:
+            OpdError: TEACHER_IN_USE while another run needs the teacher.
+        """
+        self._client.unload_teacher()
 
 
 def patiently(call: Callable[[], T]) -> T:

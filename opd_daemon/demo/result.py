@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_daemon.demo.answers import Answers
-from opd_daemon.types import CacheStats, Event, EventKind
+from opd_daemon.distill.report.answers import Answers
+from opd_daemon.types import CacheStats, Event, EventKind, Run
 
 METRICS = ("forward_kl", "reverse_kl", "agreement", "top5_agreement", "teacher_entropy", "student_entropy")
 
@@ -61,9 +61,7 @@ class DemoResult:
     """Metrics on the held-out prompts before and after, and everything that is shown beside them."""
 
     trainer: str
-    run_id: str
-    model_path: str
-    adapter_path: str
+    run: Run
     before: dict[str, Any]
     after: dict[str, Any]
     steps: list[dict[str, Any]]
@@ -74,10 +72,15 @@ class DemoResult:
     curve_path: str = ""
 
     @property
+    def adapter_path(self) -> str:
+        """Folder of the final adapter."""
+        return self.run.adapter_path
+
+    @property
     def command(self) -> str:
         """How plain mlx-lm uses the adapter."""
         return (
-            f"mlx_lm.generate --model {self.model_path} --adapter-path {self.adapter_path} "
+            f"mlx_lm.generate --model {self.run.config['base_model_path']} --adapter-path {self.adapter_path} "
             "--prompt 'Why is the sky blue?'"
         )
 
@@ -85,7 +88,7 @@ class DemoResult:
         """Fractions and nats on the held-out prompts, seconds by phase, cache, paths."""
         return {
             "trainer": self.trainer,
-            "run_id": self.run_id,
+            "run_id": self.run.run_id,
             "before": {name: self.before[name] for name in METRICS},
             "after": {name: self.after[name] for name in METRICS},
             "exact": bool(self.after["exact"]),
@@ -95,6 +98,7 @@ class DemoResult:
             "adapter_path": self.adapter_path,
             "command": self.command,
             "curve": self.curve_path,
+            "report": self.run.report_path,
             "answers": [asdict(entry) for entry in self.answers],
         }
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from opd_daemon.client import Client, LocalDaemon
-from opd_daemon.demo.answers import Answers, student_answers, teacher_answers
+from opd_daemon.demo.answers import student_answers, teacher_answers
 from opd_daemon.demo.result import DemoResult, Seconds
+from opd_daemon.distill.report.answers import Answers
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.home import Home
 from opd_daemon.types import Event, EventKind, Run, RunState
@@ -170,9 +171,7 @@ def _compare(settings: DemoSettings, client: Client, run: Run, events: list[Even
     ]
     return DemoResult(
         trainer=settings.trainer,
-        run_id=run.run_id,
-        model_path=str(run.config["base_model_path"]),
-        adapter_path=run.adapter_path,
+        run=run,
         before=evaluations[0],
         after=evaluations[-1],
         steps=steps,

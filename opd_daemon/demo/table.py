@@ -9,8 +9,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from opd_daemon.demo.answers import Answers
 from opd_daemon.demo.result import DemoResult
+from opd_daemon.distill.report.answers import Answers
 
 SIDE_BY_SIDE_WIDTH = 90
 ROWS = (
@@ -97,5 +97,7 @@ def closing_lines(result: DemoResult) -> Iterator[str]:
     )
     if result.curve_path:
         yield f"learning curve: {result.curve_path}"
+    if result.run.report_path:
+        yield f"report: {result.run.report_path}"
     yield f"adapter: {result.adapter_path}"
     yield f"use it with plain mlx-lm: {result.command}"

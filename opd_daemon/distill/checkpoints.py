@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from opd_daemon.distill.adapter import CONFIG, WEIGHTS
+from opd_daemon.distill.adapter import CARD, CONFIG, WEIGHTS, adapter_files
 from opd_daemon.distill.files import write_file, write_folder
-from opd_daemon.distill.model_folder import read_header
+from opd_daemon.distill.model_card import is_card
+from opd_daemon.distill.peft import PEFT_WEIGHTS
 from opd_daemon.errors import OpdError, Reason
+from opd_daemon.models.folder import read_header
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -28,7 +30,9 @@ class RunProgress:
     """Where a run stands after `step` updates.
 
     cursor: prompts used so far. seed: of the run; every random number is a function of it and the step.
-    best_kl, best_step: lowest validation KL so far and its step; None before the first evaluation.
+    best_kl, best_step: lowest validation KL so far and its step; None before an update was evaluated.
+    evaluated_step, validation_kl: the newest evaluation; None before the first. evaluations_since_best: how many in a
+    row brought no improvement. skipped_steps: how many in a row gave no number.
     """
 
     step: int = 0
@@ -37,6 +41,10 @@ class RunProgress:
     best_kl: float | None = None
     best_step: int | None = None
     seconds_elapsed: float = 0.0
+    evaluated_step: int | None = None
+    validation_kl: float | None = None
+    evaluations_since_best: int = 0
+    skipped_steps: int = 0
 
 
 class Checkpoints:
@@ -67,6 +75,12 @@ class Checkpoints:
         """Write `best/` or `final/`, replacing an earlier one whole."""
         write_folder(self.folder / name, save)
         return self.folder / name
+
+    def forget_after(self, step: int) -> None:
+        """Delete checkpoints of later steps, broken ones too: a run that goes on from here makes them anew."""
+        for path in step_folders(self.folder):
+            if int(path.name.removeprefix("step_")) > step:
+                shutil.rmtree(path)
 
     def _repair(self) -> None:
         """Finish or undo what a crash left half done: an old folder whose successor never came returns."""
@@ -123,6 +137,13 @@ def folder_bytes(path: Path) -> int:
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """Copy the adapter's two files into a folder that may hold other things. Raises DISK_FULL."""
-    for name in (WEIGHTS, CONFIG):
-        write_file(target / name, (source / name).read_bytes())
+    """Copy an adapter's files into a folder that may hold other things. Raises DISK_FULL.
+
+    Another adapter's weights go, so that no reader takes them for these; a README of somebody's own stays.
+    """
+    files = adapter_files(source)
+    if PEFT_WEIGHTS not in {path.name for path in files}:
+        (target / PEFT_WEIGHTS).unlink(missing_ok=True)
+    for path in files:
+        if path.name != CARD or is_card(target / CARD) or not (target / CARD).exists():
+            write_file(target / path.name, path.read_bytes())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 EXPECTED = '{"prompt"}, or mlx-lm\'s {"messages"}, {"prompt", "completion"} or {"text"}'
 
+TEACHER_KEYS = ("teacher_prompt", "teacher_messages")
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -27,12 +29,14 @@ class Row:
 
     messages: what the student is asked, as chat messages; empty for a plain text, which is in `text`.
     completion: the answer the file gives, None when it gives none.
+    teacher_messages: what the teacher is asked in their place; empty where it is asked the same.
     """
 
     place: str
     messages: tuple[dict[str, str], ...]
     text: str = ""
     completion: str | None = None
+    teacher_messages: tuple[dict[str, str], ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -42,22 +46,36 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A tokenised row. reference_ids: the file's own completion including its EOS, None when it gives none."""
+    """A tokenised row.
+
+    reference_ids: the file's own completion including its EOS, None when it gives none. teacher_ids: what the teacher
+    reads in place of token_ids, None where it reads the same.
+    """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     reference_ids: tuple[int, ...] | None = None
     place: str = ""
+    teacher_ids: tuple[int, ...] | None = None
+
+    @property
+    def teacher_token_ids(self) -> tuple[int, ...]:
+        """The prompt as the teacher reads it."""
+        return self.token_ids if self.teacher_ids is None else self.teacher_ids
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Training and held-out prompts. Every epoch has its own order, which depends on the seed alone."""
+    """Training and held-out prompts. Every epoch has its own order, which depends on the seed alone.
+
+    left_out: training rows that ask what a held-out row asks, and are not trained on for that.
+    """
 
     train: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
     seed: int
+    left_out: int = 0
 
     def take(self, cursor: int, count: int) -> list[Prompt]:
         """The `count` prompts after the first `cursor` ones of the run, epochs following each other."""
@@ -129,48 +147,97 @@ def split_rows(config: RunConfig) -> tuple[list[Row], list[Row]]:
     return train[: config.max_prompts], held_out
 
 
-def build_prompts(config: RunConfig, tokenizer: Any, eos_ids: Sequence[int], max_context: int) -> PromptSet:
+def build_prompts(
+    config: RunConfig, tokenizer: Any, eos_ids: Sequence[int], max_context: int, teacher_tokenizer: Any = None
+) -> PromptSet:
     """Read, split and tokenise the run's rows with the student's tokenizer and chat template.
+
+    teacher_tokenizer: whose template renders what the teacher reads; None is the student's. A training row that asks
+    the same as a held-out one is left out.
 
     Raises:
         OpdError: INVALID_RUN_CONFIG naming file and line, also of a prompt longer than `max_prompt_tokens`, or that
-            leaves no room for `max_generation_tokens` in the models' context.
+            leaves no room for `max_generation_tokens` in the models' context; or when no training row is left.
     """
     train, held_out = split_rows(config)
     rows = [*train, *held_out]
-    prompts = [tokenise(row, index, tokenizer, eos_ids) for index, row in enumerate(rows)]
+    reader = TeacherReader(config.teacher_system_prompt, teacher_tokenizer)
+    prompts = [tokenise(row, index, tokenizer, eos_ids, reader) for index, row in enumerate(rows)]
     for prompt in prompts:
-        length = len(prompt.token_ids)
-        problem = ""
-        if length > config.max_prompt_tokens:
-            problem = f"more than max_prompt_tokens {config.max_prompt_tokens}; shorten the prompt or raise it"
-        elif length + config.max_generation_tokens > max_context:
-            problem = (
-                f"with max_generation_tokens {config.max_generation_tokens} more than the context of {max_context}"
-            )
-        if problem:
-            message = f"{prompt.place}: {length} tokens, {problem}"
-            raise OpdError(Reason.INVALID_RUN_CONFIG, message, place=prompt.place)
-    return PromptSet(tuple(prompts[: len(train)]), tuple(prompts[len(train) :]), config.seed)
+        _check_length(prompt, config, max_context)
+    asked = {prompt.token_ids for prompt in prompts[len(train) :]}
+    unseen = tuple(prompt for prompt in prompts[: len(train)] if prompt.token_ids not in asked)
+    if not unseen:
+        message = f"{train[0].place.rpartition(':')[0]}: every training prompt is held out too; hold out other rows"
+        raise OpdError(Reason.INVALID_RUN_CONFIG, message)
+    return PromptSet(unseen, tuple(prompts[len(train) :]), config.seed, len(train) - len(unseen))
 
 
-def tokenise(row: Row, index: int, tokenizer: Any, eos_ids: Sequence[int]) -> Prompt:
+def _check_length(prompt: Prompt, config: RunConfig, max_context: int) -> None:
+    length = max(len(prompt.token_ids), len(prompt.teacher_token_ids))
+    problem = ""
+    if length > config.max_prompt_tokens:
+        problem = f"more than max_prompt_tokens {config.max_prompt_tokens}; shorten the prompt or raise it"
+    elif length + config.max_generation_tokens > max_context:
+        problem = f"with max_generation_tokens {config.max_generation_tokens} more than the context of {max_context}"
+    if problem:
+        message = f"{prompt.place}: {length} tokens, {problem}"
+        raise OpdError(Reason.INVALID_RUN_CONFIG, message, place=prompt.place)
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherReader:
+    """How the teacher reads a row: with a system prompt of its own, with its own tokenizer's template, or as it is."""
+
+    system_prompt: str = ""
+    tokenizer: Any = None
+
+    def ids(self, row: Row, student_tokenizer: Any) -> tuple[int, ...] | None:
+        """The teacher's own prompt; None where it is the student's."""
+        if not row.messages:
+            if self.system_prompt:
+                message = f"{row.place}: a plain text has no chat to put teacher_system_prompt into; give messages"
+                raise OpdError(Reason.INVALID_RUN_CONFIG, message, place=row.place)
+            return None
+        if not row.teacher_messages and not self.system_prompt and self.tokenizer is None:
+            return None
+        messages = list(row.teacher_messages or row.messages)
+        if self.system_prompt:
+            messages = with_system_prompt(messages, self.system_prompt)
+        return _render(self.tokenizer or student_tokenizer, messages, row.place)
+
+
+def with_system_prompt(messages: Sequence[dict[str, str]], text: str) -> list[dict[str, str]]:
+    """The messages with a system prompt in front; one that is there already follows it, as templates take only one."""
+    first, rest = messages[0], messages[1:]
+    if first["role"] != "system":
+        return [{"role": "system", "content": text}, *messages]
+    return [{"role": "system", "content": f"{text}\n\n{first['content']}"}, *rest]
+
+
+SAME_AS_STUDENT = TeacherReader()
+
+
+def tokenise(
+    row: Row, index: int, tokenizer: Any, eos_ids: Sequence[int], reader: TeacherReader = SAME_AS_STUDENT
+) -> Prompt:
     """Turn a row into ids.
 
     Messages go through the chat template, or are joined by lines where the tokenizer has none. A plain text is cut in
     the middle: its first half is the prompt, the rest the reference.
     """
+    teacher_ids = reader.ids(row, tokenizer)
     if not row.messages:
         ids = tuple(tokenizer.encode(row.text))
         middle = (len(ids) + 1) // 2
         return Prompt(index, row.text, ids[:middle], (*ids[middle:], *eos_ids[:1]), row.place)
-    ids = _render(tokenizer, row.messages, answer=None)
+    ids = _render(tokenizer, row.messages, row.place)
     reference = None if row.completion is None else _reference(tokenizer, row, ids, eos_ids)
-    return Prompt(index, row.prompt, ids, reference, row.place)
+    return Prompt(index, row.prompt, ids, reference, row.place, teacher_ids)
 
 
 def _reference(tokenizer: Any, row: Row, prompt_ids: tuple[int, ...], eos_ids: Sequence[int]) -> tuple[int, ...]:
-    whole = _render(tokenizer, row.messages, answer=row.completion)
+    whole = _render(tokenizer, row.messages, row.place, answer=row.completion)
     if whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids):
         answer = whole[len(prompt_ids) :]
     else:  # some templates rewrite earlier turns once an answer follows
@@ -179,14 +246,23 @@ def _reference(tokenizer: Any, row: Row, prompt_ids: tuple[int, ...], eos_ids: S
     return answer[: ends[0] + 1] if ends else (*answer, *eos_ids[:1])
 
 
-def _render(tokenizer: Any, messages: Sequence[dict[str, str]], answer: str | None) -> tuple[int, ...]:
+def _render(
+    tokenizer: Any, messages: Sequence[dict[str, str]], place: str, answer: str | None = None
+) -> tuple[int, ...]:
+    from jinja2 import TemplateError
+
     turns = [dict(message) for message in messages]
     if answer is not None:
         turns.append({"role": "assistant", "content": answer})
     if getattr(tokenizer, "chat_template", None) is None:
         return tuple(tokenizer.encode("\n".join(turn["content"] for turn in turns)))
-    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=True, return_dict=False)
-    return tuple(ids)
+    try:
+        return tuple(
+            tokenizer.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=True, return_dict=False)
+        )
+    except TemplateError as fault:
+        message = f"{place}: the chat template refuses it: {' '.join(str(fault).split())}"
+        raise OpdError(Reason.INVALID_RUN_CONFIG, message, place=place) from fault
 
 
 def _parse_line(line: bytes, place: str) -> Row | str:
@@ -208,11 +284,34 @@ def _parse_line(line: bytes, place: str) -> Row | str:
 
 
 def _parse_row(content: dict[str, Any], place: str) -> Row | str:
+    content = {name: value for name, value in content.items() if value is not None}
+    row = _parse_student_row(content, place)
+    if isinstance(row, str) or not any(key in content for key in TEACHER_KEYS):
+        return row
+    return _with_teacher_messages(row, content)
+
+
+def _with_teacher_messages(row: Row, content: dict[str, Any]) -> Row | str:
+    if not row.messages:
+        return f"{row.place}: a plain text is the same for both models; give messages, or leave out the teacher's"
+    if "teacher_messages" in content:
+        parsed = _parse_messages(content["teacher_messages"], "teacher_messages", row.place)
+        if isinstance(parsed, str):
+            return parsed
+        if parsed.completion is not None:
+            return f'{row.place}: "teacher_messages" ends with an answer; end it with what is to be answered'
+        return replace(row, teacher_messages=parsed.messages)
+    if fault := _text_fault(content["teacher_prompt"]):
+        return f'{row.place}: "teacher_prompt" {fault}'
+    last = {"role": row.messages[-1]["role"], "content": content["teacher_prompt"]}
+    return replace(row, teacher_messages=(*row.messages[:-1], last))
+
+
+def _parse_student_row(content: dict[str, Any], place: str) -> Row | str:
     if "messages" in content:
         return _parse_messages(content["messages"], "messages", place)
     if isinstance(content.get("prompt"), list):
         return _parse_messages(content["prompt"], "prompt", place)
-    content = {name: value for name, value in content.items() if value is not None}
     for name in ("prompt", "completion", "text"):
         if name in content and (fault := _text_fault(content[name])):
             return f'{place}: "{name}" {fault}'

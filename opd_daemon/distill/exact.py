@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
-from opd_daemon.distill.logits import in_tiles, logsumexp, on_host, row_sum
+from opd_daemon.distill.formulas import Pair, jsd, paired
+from opd_daemon.distill.logits import DEVICE, HOST, Arrays, in_tiles, on_host
 from opd_daemon.types import Float32
 
 NAMES = (
@@ -16,57 +19,42 @@ NAMES = (
     "student_entropy",
     "agreement",
     "top5_agreement",
+    "acceptance",
 )
-LOG_2 = 0.6931472
+
+_js_divergence = jsd(0.5)
 
 
 def compare(teacher: mx.array, student: mx.array) -> dict[str, Float32]:
-    """Divergences, entropies (nats) and agreement of logits `(N, V)` with equal masks: `{name: (N,)}` for `NAMES`."""
-    table = in_tiles(_host_rows, teacher, student) if on_host() else _device_rows(teacher, student)
-    columns = np.array(table)
-    return {name: columns[:, place] for place, name in enumerate(NAMES)}
+    """Divergences, entropies (nats) and agreement of logits `(N, V)` with equal masks: `{name: (N,)}` for `NAMES`.
+
+    acceptance: Σ min(student, teacher), the share of the student's guesses that speculative decoding would keep.
+    """
+    if on_host():
+        table = in_tiles(_host_rows, teacher, student, width=len(NAMES))
+    else:
+        table = mx.concatenate(columns(DEVICE, paired(DEVICE, teacher, student, 1.0)), axis=-1)
+    values = np.array(table)
+    return {name: values[:, place] for place, name in enumerate(NAMES)}
+
+
+def columns(arrays: Arrays, pair: Pair) -> list[Any]:
+    """The columns `(N, 1)` of `NAMES` for two whole distributions."""
+    lib, row_sum = arrays.lib, arrays.row_sum
+    gap = pair.log_t - pair.log_s
+    favourite = lib.take_along_axis(pair.log_s, pair.log_t.argmax(axis=-1, keepdims=True), axis=-1)
+    rank = row_sum((pair.log_s > favourite).astype(lib.float32))
+    return [
+        row_sum(pair.t * gap),
+        -row_sum(pair.s * gap),
+        row_sum(_js_divergence(lib, pair)[0]),
+        -row_sum(pair.t * pair.log_t),
+        -row_sum(pair.s * pair.log_s),
+        (rank == 0).astype(lib.float32),
+        (rank < 5).astype(lib.float32),
+        row_sum(lib.minimum(pair.t, pair.s)),
+    ]
 
 
 def _host_rows(teacher: Float32, student: Float32) -> Float32:
-    log_t, log_s = _log_softmax(teacher), _log_softmax(student)
-    t, s = np.exp(log_t), np.exp(log_s)
-    gap = log_t - log_s
-    # log of the mean of both, through the larger: no mass is lost where one of them is almost nothing
-    log_m = np.maximum(log_t, log_s) + np.log1p(np.exp(-np.abs(gap))) - np.float32(LOG_2)
-    favourite = log_t.argmax(axis=-1)[:, None]
-    rank = (log_s > np.take_along_axis(log_s, favourite, axis=-1)).sum(axis=-1)
-    columns = [
-        (t * gap).sum(axis=-1),
-        -(s * gap).sum(axis=-1),
-        0.5 * ((t * (log_t - log_m)).sum(axis=-1) + (s * (log_s - log_m)).sum(axis=-1)),
-        -(t * log_t).sum(axis=-1),
-        -(s * log_s).sum(axis=-1),
-        rank == 0,
-        rank < 5,
-    ]
-    return np.stack(columns, axis=-1).astype(np.float32)
-
-
-def _log_softmax(logits: Float32) -> Float32:
-    shifted: Float32 = logits - logits.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted
-
-
-def _device_rows(teacher: mx.array, student: mx.array) -> mx.array:
-    log_t, log_s = teacher - logsumexp(teacher), student - logsumexp(student)
-    t, s = mx.exp(log_t), mx.exp(log_s)
-    gap = log_t - log_s
-    log_m = mx.logaddexp(log_t, log_s) - LOG_2
-    favourite = log_t.argmax(axis=-1, keepdims=True)
-    rank = row_sum((log_s > mx.take_along_axis(log_s, favourite, axis=-1)).astype(mx.float32))
-    columns = [
-        row_sum(t * gap),
-        -row_sum(s * gap),
-        0.5 * (row_sum(t * (log_t - log_m)) + row_sum(s * (log_s - log_m))),
-        -row_sum(t * log_t),
-        -row_sum(s * log_s),
-        (rank == 0).astype(mx.float32),
-        (rank < 5).astype(mx.float32),
-    ]
-    return mx.concatenate(columns, axis=-1)
+    return np.concatenate(columns(HOST, paired(HOST, teacher, student, 1.0)), axis=-1)

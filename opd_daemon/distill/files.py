@@ -71,6 +71,17 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def sync_file(path: Path) -> None:
+    """Make what was appended to a log durable; nothing to do where there is none yet. Raises as `write_file` does."""
+    try:
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+    except FileNotFoundError:
+        return
+    except OSError as fault:
+        raise write_error(path, fault) from fault
+
+
 def sync_folder(path: Path) -> None:
     """Make the folder's entries durable."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opd_daemon.distill.checkpoints import folder_bytes
-from opd_daemon.distill.files import append_line
+from opd_daemon.distill.files import append_line, sync_file
 from opd_daemon.distill.rollouts import Rollout, RolloutLog, forget_after
+from opd_daemon.distill.token_table import TokenTable, read_token_tables, write_token_tables
 from opd_daemon.home import RunFolders
 from opd_daemon.trainer import Reporter
 from opd_daemon.types import EvaluationMetrics, EventKind, StepMetrics
@@ -33,8 +34,17 @@ class Journal:
 
     def forget_after(self, step: int) -> None:
         """Drop the rows of later steps from the files, which a resumed run is going to write again."""
-        for path in (self.folders.train_metrics, self.folders.eval_metrics, self.folders.rollouts):
+        for path in self._logs:
             forget_after(path, step)
+        tables = read_token_tables(self.folders.token_tables)
+        if any(table.step > step for table in tables):
+            write_token_tables(self.folders.token_tables, [table for table in tables if table.step <= step])
+
+    def settle(self) -> None:
+        """Return once all that was told is stored for good: a checkpoint vouches for what came before it."""
+        for path in self._logs:
+            sync_file(path)
+        self.reporter.settle()
 
     def metrics(self, metrics: StepMetrics) -> None:
         """Report a step."""
@@ -44,8 +54,11 @@ class Journal:
         }
         self._write(self.folders.train_metrics, EventKind.METRICS, asdict(metrics))
 
-    def evaluation(self, metrics: EvaluationMetrics) -> None:
-        """Report an evaluation."""
+    def evaluation(self, metrics: EvaluationMetrics, table: TokenTable | None = None) -> None:
+        """Report an evaluation; the token table goes beside that of the first one."""
+        if table is not None:
+            first = [known for known in read_token_tables(self.folders.token_tables) if known.step < table.step][:1]
+            write_token_tables(self.folders.token_tables, [*first, table])
         self._write(self.folders.eval_metrics, EventKind.EVALUATION, asdict(metrics))
 
     def checkpoint(
@@ -86,13 +99,18 @@ class Journal:
             "completion": self.decode(list(rollout.completion_ids))[:SAMPLE_CHARACTERS],
             "source": "student" if rollout.source == "student" else "teacher",
         }
-        self.reporter.event(EventKind.SAMPLE, payload)
+        self._write(self.folders.samples, EventKind.SAMPLE, payload)
 
     def gauges(self, values: dict[str, float]) -> None:
         """Report readings, at most every two seconds, with the pace of the last step."""
         if time.monotonic() - self._gauged >= GAUGE_SECONDS:
             self._gauged = time.monotonic()
             self.reporter.gauges({**self._pace, **values})
+
+    @property
+    def _logs(self) -> tuple[Path, ...]:
+        folders = self.folders
+        return (folders.train_metrics, folders.eval_metrics, folders.rollouts, folders.samples)
 
     def _write(self, path: Path, kind: EventKind, payload: dict[str, Any]) -> None:
         append_line(path, json.dumps(payload))

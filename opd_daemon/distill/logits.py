@@ -2,27 +2,32 @@
 
 All functions take float32 logits `(N, V)`. On x86, MLX's `exp` takes twenty times as long as numpy's and its float32
 reductions over a whole vocabulary row are biased by up to 2e-4 nats. So on a CPU these functions compute in numpy, a
-few rows at a time so that they stay in the processor's cache; elsewhere they reduce in two levels, over blocks of the
-row and then over the blocks.
+few rows at a time so that they stay in the processor's cache, on as many threads as there are processors (numpy lets
+them run side by side); elsewhere they reduce in two levels, over blocks of the row and then over the blocks.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
-from opd_daemon.types import Float32
+from opd_daemon.types import Float32, Int32
 
 # Stands for the logit of an impossible outcome: exp gives an exact 0, and no arithmetic on it gives NaN as −inf would.
 IMPOSSIBLE = -1e30
 
 REDUCTION_BLOCK = 256
 SELECTION_BLOCK = 32
-TILE_ROWS = 8
+TILE_ELEMENTS = 160_000
+THREADED_ELEMENTS = 1 << 20
+MOST_THREADS = 8
 
 
 def on_host() -> bool:
@@ -30,12 +35,54 @@ def on_host() -> bool:
     return mx.default_device() == mx.Device(mx.cpu)
 
 
-def in_tiles(function: Callable[..., Float32], *arrays: Any) -> mx.array:
-    """Apply a numpy function of rows to a few rows at a time and join the results."""
+def over_tiles(function: Callable[[slice], None], rows: int, width: int) -> None:
+    """Call a function that works on some rows of numpy arrays for all of them, a tile at a time, on several threads.
+
+    The tiles depend on the width alone, so results don't depend on the number of threads.
+    """
+    size = max(1, TILE_ELEMENTS // width)
+    tiles = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    each = _threads().map if rows * width >= THREADED_ELEMENTS else map
+    for _ in each(function, tiles):
+        pass
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(min(processors, MOST_THREADS), "rows")
+
+
+def in_tiles(function: Callable[..., Float32], *arrays: Any, width: int) -> mx.array:
+    """Apply a numpy function of rows to a tile of rows at a time; its results, of that width, joined: `(N, width)`."""
     hosts = [np.asarray(array) for array in arrays]
-    starts = range(0, len(hosts[0]), TILE_ROWS)
-    tiles = [function(*(host[start : start + TILE_ROWS] for host in hosts)) for start in starts]
-    return mx.array(np.concatenate(tiles))
+    joined = mx.zeros((len(hosts[0]), width))
+    view = host_view(joined)
+
+    def tile(rows: slice) -> None:
+        view[rows] = function(*(host[rows] for host in hosts))
+
+    over_tiles(tile, *hosts[0].shape)
+    return joined
+
+
+def host_view(array: mx.array) -> Float32:
+    """The memory of a float32 array as numpy sees it: writing to it changes the array."""
+    mx.eval(array)
+    view: Float32 = np.asarray(array)
+    return view
+
+
+@dataclass(frozen=True, slots=True)
+class Arrays:
+    """The library that formulas compute with, and the operations on rows in which numpy and MLX differ.
+
+    row_sum: `(N, V)` → `(N, 1)`. add_at: add amounts `(N, 1)` to one place `(N, 1)` of every row.
+    """
+
+    lib: Any
+    row_sum: Callable[[Any], Any]
+    add_at: Callable[[Any, Any, Any], Any]
 
 
 def logsumexp(logits: mx.array) -> mx.array:
@@ -52,7 +99,7 @@ def row_sum(values: mx.array) -> mx.array:
 def entropy(logits: mx.array) -> mx.array:
     """Entropy in nats of every row's distribution: `(N, V)` → `(N,)`."""
     if on_host():
-        return in_tiles(_host_entropy, logits)
+        return in_tiles(_host_entropy, logits, width=1)[:, 0]
     shifted = logits - logits.max(axis=-1, keepdims=True)
     weights = mx.exp(shifted)
     total = row_sum(weights)
@@ -105,10 +152,24 @@ class VocabularyMask:
 def _host_entropy(logits: Float32) -> Float32:
     shifted = logits - logits.max(axis=-1, keepdims=True)
     weights = np.exp(shifted)
-    total = weights.sum(axis=-1)
+    total = weights.sum(axis=-1, keepdims=True)
     shifted *= weights
-    result: npt.NDArray[np.float32] = np.log(total) - shifted.sum(axis=-1) / total
+    result: Float32 = np.log(total) - shifted.sum(axis=-1, keepdims=True) / total
     return result
+
+
+def _host_add_at(values: Float32, places: Int32, amounts: Float32) -> Float32:
+    values[np.arange(len(values)), places[:, 0]] += amounts[:, 0]
+    return values
+
+
+def _device_add_at(values: mx.array, places: mx.array, amounts: mx.array) -> mx.array:
+    return mx.put_along_axis(values, places, mx.take_along_axis(values, places, axis=-1) + amounts, axis=-1)
+
+
+def _host_row_sum(values: Float32) -> Float32:
+    total: Float32 = values.sum(axis=-1, keepdims=True)
+    return total
 
 
 def _in_blocks(values: mx.array, size: int, filler: float) -> mx.array:
@@ -130,3 +191,7 @@ def _any_top(values: mx.array, count: int) -> mx.array:
 def _descending(logits: mx.array, ids: mx.array) -> mx.array:
     order = mx.argsort(-mx.take_along_axis(logits, ids, axis=-1), axis=-1)
     return mx.take_along_axis(ids, order, axis=-1)
+
+
+HOST = Arrays(np, _host_row_sum, _host_add_at)
+DEVICE = Arrays(mx, row_sum, _device_add_at)

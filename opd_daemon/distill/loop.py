@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,11 +17,15 @@ from opd_daemon.distill.data import Prompt, PromptSet
 from opd_daemon.distill.evaluation import Evaluator
 from opd_daemon.distill.journal import Journal
 from opd_daemon.distill.memory import read_memory
-from opd_daemon.distill.metrics import StepTimes, median, step_metrics
+from opd_daemon.distill.metrics import StepTimes, step_metrics
+from opd_daemon.distill.model_card import CardFacts
 from opd_daemon.distill.optimizer import Optimizer, learning_rate
+from opd_daemon.distill.pace import Pace
+from opd_daemon.distill.rollouts import Rollout
 from opd_daemon.distill.step import Step, step_seed
 from opd_daemon.distill.student import Student
 from opd_daemon.errors import OpdError, Reason
+from opd_daemon.types import EvaluationMetrics
 
 FIRST_CHECKPOINT_FRACTION = 0.05
 FIRST_CHECKPOINT_SECONDS = 60.0
@@ -31,7 +35,9 @@ SKIPS_ALLOWED = 2
 class TrainingLoop:
     """Yields the steps still to do, and does around each of them everything that isn't the method itself.
 
-    `progress` says where the run stands; `stopped` is true once it ended because someone asked for it.
+    `progress` says where the run stands; `stopped` is true once it ended because someone asked for it. A trainer may
+    set `samples_per_prompt`, so that a step takes fewer prompts for the same number of sequences, and `keep_beside`,
+    which writes into a checkpoint's folder what the trainer needs besides to go on from it.
     """
 
     def __init__(
@@ -56,44 +62,63 @@ class TrainingLoop:
         self.optimizer = Optimizer(student, config)
         self.progress = RunProgress(seed=config.seed)
         self.stopped = False
+        self.samples_per_prompt = 1
+        self.keep_beside: Callable[[Path], None] | None = None
         self._saved_step: int | None = None
-        self._skipped = 0
-        self._step_seconds: deque[float] = deque(maxlen=20)
-        self._evaluation_seconds = 0.0
-        self._validation: tuple[int, float] | None = None
+        self._step: Step | None = None
+        self._pace = Pace()
+        self._prompts_made = 0
+        self._makes_ahead = False
         if resume_from:
             self._resume(resume_from)
+        else:
+            self._forget_after(-1)  # an attempt that ended before its first checkpoint may have left rows
         self._elapsed_before = self.progress.seconds_elapsed
         self._started = time.perf_counter()
 
     def __iter__(self) -> Iterator[Step]:
         """Steps in order. Before the first one the untrained student is evaluated, as step 0."""
-        if self.progress.step == 0:
+        if self._evaluates_at(self.progress.step) and self.progress.evaluated_step != self.progress.step:
             self._evaluate()
-        while self.progress.step < self.config.num_steps:
+        while self.progress.step < self.config.num_steps and not self._gave_up(self.progress):
             if self.should_stop():
                 self.stop()
                 return
-            step = self._next_step()
+            step = self._step = self._next_step()
             started = time.perf_counter()
             yield step
             self._finish(step, time.perf_counter() - started)
 
+    @property
+    def _prompts_per_step(self) -> int:
+        return self.config.batch_size * self.config.gradient_accumulation_steps // self.samples_per_prompt
+
     def upcoming(self, count: int) -> list[Prompt]:
         """The prompts of the present step and of those after it, at most `count` and not past the run's end."""
-        each = self.config.batch_size * self.config.gradient_accumulation_steps
+        each = self._prompts_per_step
         left = (self.config.num_steps - self.progress.step) * each
-        return self.prompts.take(self.progress.cursor, min(max(count, each), left))
+        self._prompts_made = min(max(count, each), left)
+        return self.prompts.take(self.progress.cursor, self._prompts_made)
 
     def stop(self) -> None:
         """End the run early, with a checkpoint of the last complete step."""
         self.stopped = True
-        if self._saved_step != self.progress.step:
+        if self._saved_step != self.progress.step and not self._updating:
             self._save_step()
+
+    def rescue(self) -> bool:
+        """After a failure: a checkpoint of the last complete step, where the student still is as that step left it.
+
+        False when an update was under way; then an older one has to do.
+        """
+        if self._updating or self.progress.step in (0, self._saved_step):
+            return False
+        self._save_step()
+        return True
 
     def conclude(self) -> Path:
         """Write `final/` and copy it to the output path. Returns the folder of the final adapter."""
-        path = self.checkpoints.save_named("final", self.student.save_adapter)
+        path = self.checkpoints.save_named("final", self._save_finished())
         self.journal.checkpoint(self.progress.step, path, is_final=True, validation_kl=self._validation_kl)
         if self.config.output_adapter_path:
             copy_adapter(path, Path(self.config.output_adapter_path))
@@ -106,22 +131,38 @@ class TrainingLoop:
 
     @property
     def seconds_remaining(self) -> float:
-        """Estimate from the median of the recent steps and the last evaluation."""
+        """Estimate from the recent steps and the evaluations."""
         done, total = self.progress.step, self.config.num_steps
         evaluations = sum(self._evaluates_at(step) for step in range(done + 1, total + 1))
-        return (total - done) * median(self._step_seconds) + evaluations * self._evaluation_seconds
+        return self._pace.seconds(total - done, self._rollouts_remaining, evaluations)
+
+    @property
+    def _rollouts_remaining(self) -> int:
+        """Steps that still need new completions: all, unless they are made ahead and then kept for later epochs."""
+        left = self.config.num_steps - self.progress.step - self._pace.steps_ahead
+        if not self._makes_ahead or self.evaluator.on_policy:
+            return left
+        each = self._prompts_per_step
+        made = self.progress.cursor + self._pace.steps_ahead * each
+        return min(left, -(-max(0, len(self.prompts.train) - made) // each))
 
     def _resume(self, path: Path) -> None:
         self.progress = read_progress(path)
         self.student.load_adapter(path / "adapters.safetensors")
         self.optimizer.load(path / OPTIMIZER)
         self._saved_step = self.progress.step
-        self.journal.forget_after(self.progress.step)
+        self._forget_after(self.progress.step)
         self.journal.log(f"resumed after step {self.progress.step}")
+        # The worker may have died before it could tell.
+        self.journal.checkpoint(self.progress.step, path, validation_kl=self._validation_kl)
+
+    def _forget_after(self, step: int) -> None:
+        self.checkpoints.forget_after(step)
+        self.journal.forget_after(step)
 
     def _next_step(self) -> Step:
         number = self.progress.step + 1
-        count = self.config.batch_size * self.config.gradient_accumulation_steps
+        count = self._prompts_per_step
         seed = step_seed(self.config.seed, number)
         mx.random.seed(seed)
         return Step(
@@ -137,11 +178,11 @@ class TrainingLoop:
     def _finish(self, step: Step, seconds: float) -> None:
         if not step.updated:
             raise OpdError(Reason.INTERNAL, f"the trainer left step {step.number} without step.update()")
-        self._step_seconds.append(seconds)
+        self._measure_pace(step, seconds)
         cursor = self.progress.cursor + len(step.prompts)
         self.progress = replace(self.progress, step=step.number, cursor=cursor, seconds_elapsed=self.seconds_elapsed)
         if step.finite:
-            self._skipped = 0
+            self.progress = replace(self.progress, skipped_steps=0)
             self._report(step, seconds)
         else:
             self._skip(step)
@@ -151,7 +192,8 @@ class TrainingLoop:
             self._save_step()
 
     def _report(self, step: Step, seconds: float) -> None:
-        times = StepTimes(step.phases, 1000.0 * seconds, self.seconds_elapsed, self.seconds_remaining)
+        times = StepTimes(step.phases, step.peaks, 1000.0 * seconds, self.seconds_elapsed, self.seconds_remaining)
+        memory = read_memory()
         metrics = step_metrics(
             step=step.number,
             total_steps=self.config.num_steps,
@@ -160,46 +202,78 @@ class TrainingLoop:
             learning_rate=learning_rate(step.number, self.config),
             grad_norm=step.grad_norm,
             times=times,
-            memory=read_memory(),
+            memory=replace(memory, peak_bytes=max(memory.peak_bytes, step.peak_bytes)),
         )
         self.journal.metrics(metrics)
 
     def _skip(self, step: Step) -> None:
-        self._skipped += 1
+        skipped = self.progress.skipped_steps + 1
+        self.progress = replace(self.progress, skipped_steps=skipped)
         found = f"loss {step.record.loss}, gradient norm {step.grad_norm}"
-        if self._skipped > SKIPS_ALLOWED:
+        if skipped > SKIPS_ALLOWED:
             message = (
-                f"{self._skipped} steps in a row gave no number (step {step.number}: {found}); "
+                f"{skipped} steps in a row gave no number (step {step.number}: {found}); "
                 "resume with a lower learning_rate or mixed_precision false"
             )
             raise OpdError(Reason.NOT_A_NUMBER, message, step=step.number)
         self.journal.log(f"step {step.number} left out: {found}", "warning")
 
+    def _measure_pace(self, step: Step, seconds: float) -> None:
+        made, self._prompts_made = self._prompts_made, 0
+        self._makes_ahead = self._makes_ahead or made > len(step.prompts)
+        self._pace.step(seconds, step.phases.get("rollout", 0.0) / 1000.0, -(-made // len(step.prompts)))
+
     def _evaluates_at(self, step: int) -> bool:
         return step % self.config.eval_every == 0 or step == self.config.num_steps
 
     def _evaluate(self) -> None:
-        self._measure()
-        if self.progress.step in (0, self.config.num_steps):
-            for answer in self.evaluator.student_answers():
-                self.journal.sample(self.progress.step, answer)
+        """Measure, then write it down; only then `progress` counts it, so that one cut short is made again."""
+        step = self.progress.step
+        metrics = self.evaluator.measure(step)
+        self._pace.evaluation(metrics.seconds)
+        progress = self._judged(metrics)
+        answers: list[Rollout] = []
+        if step in {0, self.config.num_steps} or self._gave_up(progress):
+            metrics = replace(metrics, tasks=self._task_scores())
+            answers = [*self.evaluator.student_answers(), *(self.evaluator.teacher_answers() if step == 0 else ())]
+        if progress.best_step == step:
+            path = self.checkpoints.save_named("best", self._save_finished(metrics))
+            metrics = replace(metrics, is_best=True, checkpoint_path=str(path))
+        self.journal.evaluation(metrics, self.evaluator.table)
+        if metrics.is_best:
+            self.journal.checkpoint(step, Path(metrics.checkpoint_path), is_best=True, validation_kl=progress.best_kl)
+        for answer in answers:
+            self.journal.sample(step, answer)
+        self.progress = progress
+        if self._gave_up(progress):
+            waited = f"{progress.evaluations_since_best} evaluations without improvement"
+            best = f"the best, of step {progress.best_step}, had a validation KL of {progress.best_kl:.4f}"
+            self.journal.log(f"ended early after step {step}: {waited}; {best}")
 
-    def _measure(self) -> None:
-        metrics = self.evaluator.measure(self.progress.step)
-        # The first one also waits for the teacher to write its completions.
-        self._evaluation_seconds = min(metrics.seconds, self._evaluation_seconds or metrics.seconds)
-        validation_kl = getattr(metrics, self.config.divergence)
-        if not math.isfinite(validation_kl):
-            raise OpdError(Reason.NOT_A_NUMBER, f"validation KL at step {metrics.step} is {validation_kl}")
-        self._validation = (metrics.step, validation_kl)
-        best = self.progress.best_kl
-        if self.progress.step == 0 or (best is not None and validation_kl >= best):
-            self.journal.evaluation(metrics)
-            return
-        self.progress = replace(self.progress, best_kl=validation_kl, best_step=self.progress.step)
-        path = self.checkpoints.save_named("best", self.student.save_adapter)
-        self.journal.evaluation(replace(metrics, is_best=True, checkpoint_path=str(path)))
-        self.journal.checkpoint(metrics.step, path, is_best=True, validation_kl=validation_kl)
+    def _judged(self, metrics: EvaluationMetrics) -> RunProgress:
+        """Where the run stands with this evaluation. The untrained student is nobody's best."""
+        step, validation_kl = metrics.step, metrics.validation_kl
+        if validation_kl is None or not math.isfinite(validation_kl):
+            raise OpdError(Reason.NOT_A_NUMBER, f"validation KL at step {step} is {validation_kl}")
+        progress = replace(self.progress, evaluated_step=step, validation_kl=validation_kl)
+        if step == 0:
+            return progress
+        if progress.best_kl is None or validation_kl < progress.best_kl:
+            return replace(progress, best_kl=validation_kl, best_step=step, evaluations_since_best=0)
+        return replace(progress, evaluations_since_best=progress.evaluations_since_best + 1)
+
+    def _gave_up(self, progress: RunProgress) -> bool:
+        return 0 < self.config.early_stop_patience <= progress.evaluations_since_best
+
+    def _task_scores(self) -> dict[str, float]:
+        """Scores of `eval_tasks`. A fault is the run's end before the first step, and a warning after the last."""
+        try:
+            return self.evaluator.tasks()
+        except OpdError as fault:
+            if self.progress.step == 0:
+                raise
+            self.journal.log(str(fault), "warning")
+            return {}
 
     def _saves_at(self, step: int) -> bool:
         if step % self.config.checkpoint_every == 0:
@@ -209,14 +283,34 @@ class TrainingLoop:
         return self._saved_step is None and (step >= soon or waited)
 
     def _save_step(self) -> None:
+        self.journal.settle()
         path = self.checkpoints.save_step(self.progress, self._save)
         self._saved_step = self.progress.step
         self.journal.checkpoint(self.progress.step, path, validation_kl=self._validation_kl)
 
     @property
     def _validation_kl(self) -> float | None:
-        return self._validation[1] if self._validation and self._validation[0] == self.progress.step else None
+        return self.progress.validation_kl if self.progress.evaluated_step == self.progress.step else None
+
+    @property
+    def _updating(self) -> bool:
+        """Whether the student has left the last complete step behind."""
+        return self._step is not None and self._step.began_update and self._step.number > self.progress.step
+
+    def _save_finished(self, after: EvaluationMetrics | None = None) -> Callable[[Path], None]:
+        """What writes the adapter as others will use it, with its card; after: the evaluation of this step."""
+        facts = CardFacts.of_run(
+            self.config,
+            self.journal.folders,
+            self.evaluator.teacher.info,
+            step=self.progress.step,
+            base_digest=self.student.first_digest,
+            after=after,
+        )
+        return partial(self.student.save_adapter, card=facts)
 
     def _save(self, folder: Path) -> None:
         self.student.save_adapter(folder)
         self.optimizer.save(folder / OPTIMIZER)
+        if self.keep_beside:
+            self.keep_beside(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,19 +12,27 @@ import numpy.typing as npt
 
 from opd_daemon.distill.gradients import BatchGradient
 from opd_daemon.distill.memory import MemoryReading
+from opd_daemon.distill.rollouts import Rollout
 from opd_daemon.types import StepMetrics
 
 
 @dataclass(slots=True)
 class TokenRecord:
-    """What is known of the tokens and rollouts of one step."""
+    """What is known of the tokens and rollouts of one step. exact: the divergence is over the whole vocabulary."""
 
     values: dict[str, list[npt.NDArray[np.float32]]] = field(default_factory=dict)
-    lengths: list[int] = field(default_factory=list)
-    truncated: int = 0
+    rollouts: list[Rollout] = field(default_factory=list)
     cache_hits: int = 0
     loss: float = 0.0
     count: float = 0.0
+    rows: int = 0
+    micro_batches: int = 0
+    exact: bool = False
+
+    def take(self, rollouts: Iterable[Rollout]) -> None:
+        """Take in rollouts; those known already are not counted twice."""
+        known = {id(rollout) for rollout in self.rollouts}
+        self.rollouts += [rollout for rollout in rollouts if id(rollout) not in known]
 
     def add(self, result: BatchGradient) -> None:
         """Take in a micro-batch."""
@@ -32,9 +40,30 @@ class TokenRecord:
             self.values.setdefault(name, []).append(value)
         self.loss += result.loss
         self.count += result.count
-        self.lengths += [len(rollout.completion_ids) for rollout in result.batch.rollouts]
-        self.truncated += sum(not rollout.finished for rollout in result.batch.rollouts)
+        self.rows += len(result.batch.rows)
+        self.micro_batches += 1
+        self.exact = result.batch.rows.exact
         self.cache_hits += sum(target.cached for target in result.batch.targets)
+        self.take(result.batch.rollouts)
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens."""
+        return sum(len(rollout.completion_ids) for rollout in self.rollouts)
+
+    def share(self, stopped: str) -> float:
+        """Share of the rollouts that ended this way."""
+        return self._share(rollout.stopped == stopped for rollout in self.rollouts)
+
+    @property
+    def on_policy_fraction(self) -> float:
+        """Share of the rollouts that the student sampled."""
+        return self._share(rollout.source == "student" for rollout in self.rollouts)
+
+    def staleness(self, updates: int) -> int:
+        """Most updates between a student that sampled and the one that had `updates` of them."""
+        versions = [rollout.version for rollout in self.rollouts if rollout.source == "student"]
+        return updates - min(versions, default=updates)
 
     def of(self, name: str) -> npt.NDArray[np.float64]:
         """All values of that name, in float64; one 0 where the objective doesn't compute it."""
@@ -45,15 +74,28 @@ class TokenRecord:
         """Mean over the step's tokens."""
         return float(self.of(name).mean())
 
+    def known_mean(self, name: str) -> float | None:
+        """Mean over the tokens it is known of; None where there are none."""
+        return self.mean(name) if name in self.values else None
+
+    def _share(self, matches: Iterable[bool]) -> float:
+        return sum(matches) / max(len(self.rollouts), 1)
+
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Milliseconds of the step's phases and of the whole, and where the run stands in time."""
+    """Milliseconds and MLX's peak bytes of the step's phases, and where the run stands in time."""
 
     phases: dict[str, float]
+    peaks: dict[str, int]
     step_milliseconds: float
     seconds_elapsed: float
     seconds_remaining: float
+
+    def rate(self, phase: str, tokens: int) -> float:
+        """Tokens per second of a phase; 0 where there was none."""
+        milliseconds = self.phases.get(phase, 0.0)
+        return 1000.0 * tokens / milliseconds if milliseconds else 0.0
 
 
 def step_metrics(
@@ -69,7 +111,7 @@ def step_metrics(
 ) -> StepMetrics:
     """Metrics of one optimizer update."""
     divergence = record.of("kl")
-    samples, tokens = len(record.lengths), sum(record.lengths)
+    samples, tokens = len(record.rollouts), record.tokens
     return StepMetrics(
         step=step,
         total_steps=total_steps,
@@ -98,13 +140,29 @@ def step_metrics(
         student_milliseconds=times.phases.get("train", 0.0),
         step_milliseconds=times.step_milliseconds,
         completion_length=tokens / max(samples, 1),
-        truncated_fraction=record.truncated / max(samples, 1),
+        truncated_fraction=record.share("length"),
         cache_hits=record.cache_hits,
         cache_misses=samples - record.cache_hits,
         active_memory_bytes=memory.active_bytes,
         peak_memory_bytes=memory.peak_bytes,
         seconds_elapsed=times.seconds_elapsed,
         seconds_remaining=times.seconds_remaining,
+        exact=record.exact,
+        bias_gap=record.known_mean("bias_gap"),
+        bias_tokens=len(record.of("bias_gap")) if "bias_gap" in record.values else 0,
+        teacher_support_mass=record.known_mean("teacher_support_mass"),
+        student_support_mass=record.known_mean("student_support_mass"),
+        clipped_fraction=record.mean("clipped"),
+        repetition_fraction=record.share("repetition"),
+        on_policy_fraction=record.on_policy_fraction,
+        staleness=record.staleness(step - 1),
+        micro_batches=record.micro_batches,
+        rollout_tokens_per_second=times.rate("rollout", tokens),
+        teacher_tokens_per_second=times.rate("score", tokens),
+        student_tokens_per_second=times.rate("train", record.rows),
+        rollout_peak_bytes=times.peaks.get("rollout", 0),
+        teacher_peak_bytes=times.peaks.get("score", 0),
+        student_peak_bytes=times.peaks.get("train", 0),
     )
 
 

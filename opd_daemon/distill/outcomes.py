@@ -22,72 +22,93 @@ def student_outcomes(logits: mx.array, ids: mx.array, temperature: float = 1.0) 
     −1 fills unused places of ids; the first is always used and none comes twice. Impossible outcomes get about −1e30
     rather than −inf.
     """
-    on_device, on_cpu = _device_outcomes(1.0 / temperature), _host_outcomes(1.0 / temperature)
-    result: mx.array = (on_cpu if on_host() else on_device)(logits, ids)
+    result: mx.array = _differentiable(1.0 / temperature)(logits, ids)
     return result
 
 
+def outcome_slopes(
+    logits: mx.array, ids: mx.array, outcomes: mx.array, pull: mx.array, temperature: float = 1.0
+) -> mx.array:
+    """The gradient at the logits `(N, V)` of a number whose derivative by the outcomes `(N, K+1)` is `pull`.
+
+    outcomes: as `student_outcomes` gives them.
+    """
+    scale = 1.0 / temperature
+    if on_host():
+        return in_tiles(_HostSlopes(scale), logits, ids, pull, outcomes, width=logits.shape[-1])
+    return _device_slopes(scale, logits, ids, pull, outcomes)
+
+
 @cache
-def _device_outcomes(scale: float) -> Any:
+def _differentiable(scale: float) -> Any:
     @mx.custom_function
     def outcomes(logits: mx.array, ids: mx.array) -> mx.array:
-        used, places = _device_places(ids)
-        named = mx.where(used, mx.take_along_axis(logits, places, axis=-1) * scale, IMPOSSIBLE)
-        others = mx.put_along_axis(logits, places, mx.array(IMPOSSIBLE, dtype=logits.dtype), axis=-1)
-        both = mx.concatenate([named, logsumexp(others * scale)], axis=-1)
-        return both - mx.logsumexp(both, axis=-1, keepdims=True)
+        if on_host():
+            return in_tiles(_HostOutcomes(scale), logits, ids, width=ids.shape[-1] + 1)
+        return _device_outcomes(scale, logits, ids)
 
     @outcomes.vjp
     def backward(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
         logits, ids = primals
-        used, places = _device_places(ids)
-        log_z = mx.take_along_axis(logits, places[:, :1], axis=-1) * scale - output[:, :1]
-        total = cotangent.sum(axis=-1, keepdims=True)
-        named = cotangent[:, :-1] - mx.exp(output[:, :-1]) * total
-        named = mx.where(used, named, named[:, :1])
-        tail = cotangent[:, -1:] - mx.exp(output[:, -1:]) * total
-        within_tail = mx.exp(mx.minimum(logits * scale - (log_z + output[:, -1:]), 0.0))
-        return mx.put_along_axis(within_tail * (tail * scale), places, named * scale, axis=-1), mx.zeros_like(ids)
+        return outcome_slopes(logits, ids, output, cotangent, 1.0 / scale), mx.zeros_like(ids)
 
     return outcomes
 
 
-@cache
-def _host_outcomes(scale: float) -> Any:
-    """The same in numpy. MLX evaluates the logits when numpy asks for them."""
+def _device_outcomes(scale: float, logits: mx.array, ids: mx.array) -> mx.array:
+    used, places = _device_places(ids)
+    named = mx.where(used, mx.take_along_axis(logits, places, axis=-1) * scale, IMPOSSIBLE)
+    others = mx.put_along_axis(logits, places, mx.array(IMPOSSIBLE, dtype=logits.dtype), axis=-1)
+    both = mx.concatenate([named, logsumexp(others * scale)], axis=-1)
+    return both - mx.logsumexp(both, axis=-1, keepdims=True)
 
-    def forward_tile(logits: Float32, ids: Int32) -> Float32:
+
+def _device_slopes(scale: float, logits: mx.array, ids: mx.array, pull: mx.array, outcomes: mx.array) -> mx.array:
+    used, places = _device_places(ids)
+    log_z = mx.take_along_axis(logits, places[:, :1], axis=-1) * scale - outcomes[:, :1]
+    total = pull.sum(axis=-1, keepdims=True)
+    named = pull[:, :-1] - mx.exp(outcomes[:, :-1]) * total
+    named = mx.where(used, named, named[:, :1])
+    tail = pull[:, -1:] - mx.exp(outcomes[:, -1:]) * total
+    within_tail = mx.exp(mx.minimum(logits * scale - (log_z + outcomes[:, -1:]), 0.0))
+    return mx.put_along_axis(within_tail * (tail * scale), places, named * scale, axis=-1)
+
+
+class _HostOutcomes:
+    """The same in numpy, for a tile."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = np.float32(scale)
+
+    def __call__(self, logits: Float32, ids: Int32) -> Float32:
         used, places = _host_places(ids)
-        others = logits * np.float32(scale)
+        others = logits * self.scale
         named = np.where(used, np.take_along_axis(others, places, axis=-1), IMPOSSIBLE)
         np.put_along_axis(others, places, IMPOSSIBLE, axis=-1)
         both = np.concatenate([named, _log_sum(others)], axis=-1)
         return np.asarray(both - _log_sum(both.copy()), np.float32)
 
-    def backward_tile(logits: Float32, ids: Int32, cotangent: Float32, output: Float32) -> Float32:
+
+class _HostSlopes:
+    """The same in numpy, for a tile."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = np.float32(scale)
+
+    def __call__(self, logits: Float32, ids: Int32, pull: Float32, outcomes: Float32) -> Float32:
         used, places = _host_places(ids)
-        log_z = np.take_along_axis(logits, places[:, :1], axis=-1) * np.float32(scale) - output[:, :1]
-        total = cotangent.sum(axis=-1, keepdims=True)
-        named = cotangent[:, :-1] - np.exp(output[:, :-1]) * total
+        log_z = np.take_along_axis(logits, places[:, :1], axis=-1) * self.scale - outcomes[:, :1]
+        total = pull.sum(axis=-1, keepdims=True)
+        named = pull[:, :-1] - np.exp(outcomes[:, :-1]) * total
         named = np.where(used, named, named[:, :1])
-        tail = cotangent[:, -1:] - np.exp(output[:, -1:]) * total
-        within_tail = logits * np.float32(scale)
-        within_tail -= log_z + output[:, -1:]
+        tail = pull[:, -1:] - np.exp(outcomes[:, -1:]) * total
+        within_tail = logits * self.scale
+        within_tail -= log_z + outcomes[:, -1:]
         np.put_along_axis(within_tail, places, IMPOSSIBLE, axis=-1)
         np.exp(within_tail, out=within_tail)
-        within_tail *= tail * np.float32(scale)
-        np.put_along_axis(within_tail, places, named * np.float32(scale), axis=-1)
+        within_tail *= tail * self.scale
+        np.put_along_axis(within_tail, places, named * self.scale, axis=-1)
         return within_tail
-
-    @mx.custom_function
-    def outcomes(logits: mx.array, ids: mx.array) -> mx.array:
-        return in_tiles(forward_tile, logits, ids)
-
-    @outcomes.vjp
-    def backward(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
-        return in_tiles(backward_tile, *primals, cotangent, output), mx.zeros_like(primals[1])
-
-    return outcomes
 
 
 def _log_sum(values: Float32) -> Float32:

@@ -1,134 +1,302 @@
-"""A first estimate of what a run takes, from configurations and file sizes alone."""
+"""What a run takes, before anything loads: seconds by phase, bytes by part, and what to change where it is too much."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import psutil
+from opd_daemon.config import LoraConfig, RunConfig
+from opd_daemon.distill.activations import block_bytes, kept_blocks
+from opd_daemon.distill.adapter import read_adapter_config
+from opd_daemon.distill.footprint import (
+    WORKER_CACHE_BYTES,
+    WORKER_CHUNK_BYTES,
+    WORKER_PROCESS_BYTES,
+    Part,
+    daemon_parts,
+    disk_parts,
+    peak,
+    worker_parts,
+)
+from opd_daemon.distill.machines import Machine
+from opd_daemon.distill.rates import WIRE_BYTES_PER_SECOND, AssumedRates, Pair, Rates
+from opd_daemon.distill.shape import adapter_parameters, in_float32, shape_of, stored_parameters
+from opd_daemon.distill.workload import PHASES, Lengths, Phase, Regime, Workload, measure_lengths, workload_of
+from opd_daemon.models.folder import ModelFolder, read_folder
+from opd_daemon.readable import size
+from opd_daemon.types import Plan, PlannedBytes
 
-from opd_daemon.config import RunConfig
-from opd_daemon.distill.data import split_rows
-from opd_daemon.distill.model_folder import ModelFolder, read_model_folder
-from opd_daemon.types import Plan
+if TYPE_CHECKING:
+    from opd_daemon.trainer import TrainerInfo
 
-GIB = 1 << 30
-TEMPLATE_TOKENS = 20
-BYTES_PER_TOKEN = 4
-PROCESS_BYTES = GIB // 2
-CACHE_BYTES = 2 * GIB
+# What the worker keeps of freed buffers, and the logits it works on at once.
+CACHE_BYTES = WORKER_CACHE_BYTES
+CHUNK_BYTES = WORKER_CHUNK_BYTES
 
-# Logits of one chunk of rows; about eight times as much is alive while a chunk is worked on.
-CHUNK_BYTES = 32 << 20
+# Above this share of the memory there is, other programs and the plan's own error may be too much.
+TIGHT = 0.85
+SHOWN_ADVICE = 5
+# Advice on time is worth giving from this share of it on.
+WORTH_SAVING = 0.15
+# Four bits in groups of 64, with a scale and a bias of 16 bits each.
+QUANTISED_BITS = 4.5
 
-# A forward whose graph is kept for the backward holds this many hidden-sized float32 arrays per layer and token
-# (measured with LoRA on every linear layer); above the limit, a second forward is cheaper than the memory.
-KEPT_ARRAYS = 114
-KEPT_BYTES = 3 * GIB
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Assumed rates: matrix products in FLOP/s, reading weights in bytes/s."""
-
-    name: str
-    flops: float
-    bandwidth: float
-    float32_only: bool
+SAVE_SECONDS = 0.05
+STEP_SECONDS = 0.02
+WRITTEN_BYTES_PER_SECOND = 3e8
 
 
-def this_machine() -> Machine:
-    """Typical rates of machines like this one."""
-    if sys.platform == "darwin":
-        return Machine("Apple silicon", 8e12, 2.5e11, float32_only=False)
-    cores = psutil.cpu_count(logical=False) or 1
-    return Machine(f"a CPU with {cores} cores", 3e10 * cores, 8e9, float32_only=True)
+@dataclass(frozen=True, eq=False)
+class RunFacts:
+    """Everything a plan follows from besides rates. loaded: the teacher is in memory already."""
+
+    config: RunConfig
+    regime: Regime
+    lengths: Lengths
+    student: ModelFolder
+    teacher: ModelFolder
+    machine: Machine
+    loaded: bool = False
+
+    @classmethod
+    def read(cls, config: RunConfig, trainer: TrainerInfo, machine: Machine, *, loaded: bool) -> RunFacts:
+        """Read configurations, headers and prompts of a run that has passed `check_run`.
+
+        Raises:
+            OpdError: a file has gone since, with what `check_run` would say.
+        """
+        student, teacher = (read_folder(Path(path)) for path in (config.base_model_path, config.teacher_model_path))
+        return cls(config, Regime.of(config, trainer), measure_lengths(config), student, teacher, machine, loaded)
+
+    @cached_property
+    def pair(self) -> Pair:
+        """The two models as they are loaded."""
+        config = self.config
+        float32 = self.machine.float32 or not config.mixed_precision
+        student = shape_of(in_float32(self.student) if float32 else self.student)
+        lora, adapter = config.lora, adapter_parameters(self.student, config.lora)
+        if config.student_adapter_path:
+            folder = Path(config.student_adapter_path)
+            stored = read_adapter_config(folder)
+            lora = LoraConfig(
+                rank=stored.rank, dropout=stored.dropout, dora=stored.dora, num_layers=max(-1, stored.num_layers)
+            )
+            adapter = stored_parameters(folder)
+        adapted = student.layers if lora.num_layers <= 0 else min(lora.num_layers, student.layers)
+        exact = config.signal == "exact" and self.regime.scores
+        return Pair(
+            student,
+            shape_of(self.teacher),
+            self.student.weight_bytes,
+            adapter,
+            adapted,
+            exact,
+            lora,
+            self.machine.float32,
+        )
+
+    @cached_property
+    def work(self) -> Workload:
+        """What the run computes."""
+        return workload_of(self.config, self.regime, self.lengths)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """What both processes hold."""
+        return [*daemon_parts(self.work, self.pair), *worker_parts(self.work, self.pair, self.machine.total_bytes)]
+
+    @property
+    def peaks(self) -> tuple[int, int]:
+        """Bytes of daemon and worker when both together take the most.
+
+        With precompute the teacher is unloaded before the student loads.
+        """
+        daemon, worker = (peak(part for part in self.parts if part.process == name) for name in ("daemon", "worker"))
+        if not self.config.precompute:
+            return daemon, worker
+        bare = sum(part.bytes for part in self.parts if (part.process, part.name) == ("daemon", "process"))
+        return max((daemon, WORKER_PROCESS_BYTES), (bare, worker), key=sum)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether most blocks are computed a second time for their gradient."""
+        batch = self.work.largest
+        each = block_bytes(
+            self.pair.student, int(batch.sequences), int(batch.length), self.pair.lora, on_host=self.pair.on_host
+        )
+        memory = self.config.worker_memory_limit_bytes or self.machine.total_bytes
+        return kept_blocks(self.config.backward, self.pair.adapted, each, memory) < self.pair.adapted / 2
+
+    def rates(self) -> Rates:
+        """Published rates of the machine."""
+        return AssumedRates(self.machine, self.recomputes)
+
+    def seconds(self, rates: Rates) -> dict[Phase, float]:
+        """Time by phase."""
+        phases = dict.fromkeys(PHASES, 0.0)
+        for task in self.work.tasks:
+            phases[task.phase] += task.count * rates.seconds(task.kind, task.item, self.pair)
+        phases["train"] += self.config.num_steps * STEP_SECONDS
+        phases["load"] += self._loading(rates)
+        phases["checkpoint"] += self._saving()
+        return phases
+
+    def _loading(self, rates: Rates) -> float:
+        pair = self.pair
+        teacher = 0.0 if self.loaded else pair.teacher.weight_bytes * (1 / rates.read_bytes + 1 / rates.hash_bytes)
+        # The base is fingerprinted before and after training.
+        student = pair.stored_bytes / rates.read_bytes + 2 * pair.student.weight_bytes / rates.hash_bytes
+        return rates.start + teacher + student + pair.exact * pair.teacher.head_bytes / WIRE_BYTES_PER_SECOND
+
+    def _saving(self) -> float:
+        config, adapter = self.config, 4 * self.pair.adapter
+        whole = config.num_steps // config.checkpoint_every + 1
+        best = config.num_steps // config.eval_every + 1
+        written = whole * 3 * adapter + (best + 1) * adapter
+        return (whole + best + 1) * SAVE_SECONDS + written / WRITTEN_BYTES_PER_SECOND
 
 
-def estimate(config: RunConfig, teacher_loaded: bool) -> Plan:
-    """Seconds, peak memory and disk of a run that has passed `check_run`.
-
-    teacher_loaded: the teacher's memory is already in use, so the machine's free memory leaves it out.
-    """
-    student, teacher = (read_model_folder(Path(path)) for path in (config.base_model_path, config.teacher_model_path))
-    machine = this_machine()
-    train, held_out = split_rows(config)
-    prompt_bytes = sum(len(row.prompt.encode()) for row in train) / len(train)
-    length = TEMPLATE_TOKENS + prompt_bytes / BYTES_PER_TOKEN + config.max_generation_tokens
-    weights = _loaded_bytes(config, student, machine)
-    seconds = config.num_steps * _step_seconds(config, student, teacher, machine, length)
-    seconds += _evaluation_seconds(config, student, teacher, machine, length * len(held_out))
-    daemon, worker = _daemon_bytes(teacher), _worker_bytes(config, student, teacher, length) + weights
-    available = psutil.virtual_memory().available + (teacher.weight_bytes if teacher_loaded else 0)
-    peak = daemon + worker
-    warnings = []
-    if peak > available:
-        cure = "use quantised models, a smaller batch_size or fewer max_generation_tokens"
-        warnings.append(f"needs about {peak / GIB:.1f} GiB, {available / GIB:.1f} GiB are free; {cure}")
+def plan(facts: RunFacts, rates: Rates | None = None) -> Plan:
+    """The plan of a run, with measured rates or, without, with those published about its machine."""
+    rates = rates or facts.rates()
+    phases = facts.seconds(rates)
+    daemon, worker = facts.peaks
+    disk = disk_parts(facts.work, facts.pair)
+    available = facts.machine.usable_bytes
     return Plan(
-        seconds=seconds,
+        seconds=sum(phases.values()),
         daemon_peak_bytes=daemon,
         worker_peak_bytes=worker,
-        disk_bytes=_disk_bytes(config, student, length),
+        disk_bytes=sum(part.bytes for part in disk),
         available_bytes=available,
-        assumptions=(
-            f"{machine.name}: {machine.flops / 1e12:.2g} TFLOP/s, weights read at {machine.bandwidth / 1e9:.0f} GB/s",
-            f"prompts of {length - config.max_generation_tokens:.0f} tokens, every completion of full length",
-            "nothing in the teacher cache",
-        ),
-        warnings=tuple(warnings),
+        assumptions=tuple(_assumptions(facts, rates)),
+        warnings=tuple(_warnings(facts, daemon + worker)),
+        phases=tuple((name, seconds) for name, seconds in phases.items() if seconds),
+        memory=tuple(PlannedBytes(part.process, part.name, part.bytes) for part in facts.parts if part.bytes),
+        disk=tuple(disk),
+        advice=tuple(_advice(facts, rates)),
+        machine=facts.machine.name,
+        calibrated=rates.calibrated,
     )
 
 
-def lora_parameters(config: RunConfig, student: ModelFolder) -> int:
-    """Weights of a fresh adapter on every linear layer of the adapted blocks."""
-    layers = student.number("num_hidden_layers", 1)
-    hidden = student.number("hidden_size", 1)
-    inner = student.number("intermediate_size", 4 * hidden)
-    adapted = layers if config.lora.num_layers < 0 else min(config.lora.num_layers, layers)
-    return adapted * config.lora.rank * (8 * hidden + 3 * (hidden + inner))
+def _assumptions(facts: RunFacts, rates: Rates) -> Iterator[str]:
+    config, lengths = facts.config, facts.lengths
+    machine = facts.machine
+    if rates.calibrated:
+        yield "rates measured on this machine, with random weights in models of these shapes"
+    else:
+        yield (
+            f"rates of {machine.name}, not measured: {machine.score_flops / 1e12:.3g} TFLOP/s in scoring and "
+            f"{machine.train_flops / 1e12:.3g} in training, weights read at {machine.bandwidth / 1e9:.0f} GB/s"
+        )
+    prompt = sum(lengths.train) / len(lengths.train)
+    given = facts.regime.on_policy == 0 and not facts.regime.writes
+    completions = "the data's own completions" if given else f"completions of {config.max_generation_tokens} tokens"
+    yield f"prompts of {prompt:.0f} tokens on average, {completions}, none ending early"
+    yield "nothing in the teacher cache" if config.use_cache else "no teacher cache"
+    if config.eval_tasks:
+        yield f"without the time of the tasks {config.eval_tasks}"
+    if config.early_stop_patience:
+        yield "no early stop"
+    if config.precompute:
+        yield "the teacher is unloaded before the student loads, so only the larger of the two counts"
 
 
-def _step_seconds(
-    config: RunConfig, student: ModelFolder, teacher: ModelFolder, machine: Machine, length: float
-) -> float:
-    sequences = config.batch_size * config.gradient_accumulation_steps
-    tokens = sequences * length
-    read = _loaded_bytes(config, student, machine) / machine.bandwidth
-    sample = config.max_generation_tokens * max(read, 2 * student.parameters * sequences / machine.flops)
-    score = 2 * teacher.parameters * tokens / machine.flops
-    train = 6 * student.parameters * tokens / machine.flops
-    return sample + score + train
+def _warnings(facts: RunFacts, needed: int) -> Iterator[str]:
+    available = facts.machine.usable_bytes
+    if needed > available:
+        yield f"needs {size(needed)} of memory, {size(available)} are there: it will not fit"
+    elif needed > TIGHT * available:
+        yield f"needs {size(needed)} of the {size(available)} of memory there are: close other programs"
 
 
-def _evaluation_seconds(
-    config: RunConfig, student: ModelFolder, teacher: ModelFolder, machine: Machine, tokens: float
-) -> float:
-    evaluations = config.num_steps // config.eval_every + 2
-    return evaluations * 2 * (student.parameters + teacher.parameters) * tokens / machine.flops
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Something a person could change, as words and as the facts it leads to."""
+
+    words: str
+    facts: RunFacts
 
 
-def _loaded_bytes(config: RunConfig, model: ModelFolder, machine: Machine) -> int:
-    if model.bits:
-        return model.weight_bytes
-    return 4 * model.parameters if machine.float32_only or not config.mixed_precision else model.weight_bytes
+def _advice(facts: RunFacts, rates: Rates) -> Iterator[str]:
+    needed, seconds = sum(facts.peaks), sum(facts.seconds(rates).values())
+    if needed > TIGHT * facts.machine.usable_bytes:
+        yield from _memory_advice(facts, needed)
+    faster = []
+    for change in _time_changes(facts):
+        saved = 1 - sum(change.facts.seconds(rates).values()) / seconds
+        if saved >= WORTH_SAVING:
+            faster.append((saved, f"{change.words}: {100 * saved:.0f} % less time"))
+    yield from (words for _, words in sorted(faster, reverse=True)[:2])
 
 
-def _daemon_bytes(teacher: ModelFolder) -> int:
-    return teacher.weight_bytes + CACHE_BYTES // 2 + PROCESS_BYTES
+def _memory_advice(facts: RunFacts, needed: int) -> Iterator[str]:
+    available = facts.machine.usable_bytes
+    found = []
+    for change in _memory_changes(facts):
+        after = sum(change.facts.peaks)
+        if after < 0.99 * needed:
+            fits = " (fits)" if after <= available < needed else ""
+            found.append((after, f"{change.words}: {size(after)} instead of {size(needed)}{fits}"))
+    yield from (words for _, words in sorted(found)[:SHOWN_ADVICE])
 
 
-def _worker_bytes(config: RunConfig, student: ModelFolder, teacher: ModelFolder, length: float) -> int:
-    adapter = 4 * 4 * lora_parameters(config, student)  # weights, gradients and two moments in float32
-    shape = student.number("num_hidden_layers", 1) * student.number("hidden_size", 1)
-    activations = min(KEPT_BYTES, int(config.batch_size * length * shape * KEPT_ARRAYS * 4))
-    head = teacher.number("vocab_size") * teacher.number("hidden_size") * 2
-    return adapter + activations + head + 8 * CHUNK_BYTES + CACHE_BYTES + PROCESS_BYTES
+def _memory_changes(facts: RunFacts) -> Iterator[Change]:
+    config = facts.config
+
+    def changed(words: str, **values: object) -> Change:
+        return Change(words, replace(facts, config=config.model_copy(update=values)))
+
+    if not facts.student.bits:
+        yield Change(
+            "a student quantised to 4 bits (mlx_lm.convert -q)", replace(facts, student=_quantised(facts.student))
+        )
+    if not facts.teacher.bits:
+        yield Change(
+            "a teacher quantised to 4 bits (mlx_lm.convert -q)", replace(facts, teacher=_quantised(facts.teacher))
+        )
+    if facts.regime.on_policy == 0 and facts.regime.scores and not config.precompute:
+        yield changed("precompute true", precompute=True)
+    if config.backward != "layerwise":
+        yield changed("backward layerwise", backward="layerwise")
+    if config.batch_size > 1:
+        steps = config.batch_size * config.gradient_accumulation_steps
+        words = f"batch_size 1 with gradient_accumulation_steps {steps}, the same step"
+        yield changed(words, batch_size=1, gradient_accumulation_steps=steps)
+    if config.max_generation_tokens > 64:
+        half = config.max_generation_tokens // 2
+        yield changed(f"max_generation_tokens {half}", max_generation_tokens=half)
+    if config.signal == "exact" and facts.regime.scores:
+        yield changed("signal sparse", signal="sparse")
+    if config.lora.rank > 8 and not config.student_adapter_path:
+        yield changed("lora.rank 8", lora=config.lora.model_copy(update={"rank": 8}))
 
 
-def _disk_bytes(config: RunConfig, student: ModelFolder, length: float) -> int:
-    adapter = 4 * lora_parameters(config, student)
-    checkpoints = (3 * config.keep_last_n + 2) * adapter
-    rollouts = config.num_steps * config.batch_size * config.gradient_accumulation_steps * length * 12
-    return int(checkpoints + rollouts)
+def _time_changes(facts: RunFacts) -> Iterator[Change]:
+    config = facts.config
+    if config.max_generation_tokens > 64:
+        half = config.max_generation_tokens // 2
+        update = {"max_generation_tokens": half}
+        yield Change(f"max_generation_tokens {half}", replace(facts, config=config.model_copy(update=update)))
+    if config.num_steps // config.eval_every > 2:
+        wider = config.num_steps // 2
+        yield Change(f"eval_every {wider}", replace(facts, config=config.model_copy(update={"eval_every": wider})))
+
+
+def _quantised(folder: ModelFolder) -> ModelFolder:
+    """The same model with its matrices in four bits."""
+
+    def smaller(name: str) -> bool:
+        return name.endswith("weight") and len(folder.tensors[name].shape) > 1
+
+    tensors = {
+        name: replace(tensor, dtype="U8", bytes=int(tensor.bytes * QUANTISED_BITS / (8 * tensor.value_bytes)))
+        if smaller(name)
+        else tensor
+        for name, tensor in folder.tensors.items()
+    }
+    return replace(folder, tensors=tensors)

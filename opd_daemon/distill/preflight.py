@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from opd_daemon.config import RunConfig, config_violations
-from opd_daemon.distill.adapter import adapter_faults
+from opd_daemon.distill.adapter import adapter_faults, lora_faults
 from opd_daemon.distill.data import Row, scan_rows
-from opd_daemon.distill.model_folder import ModelFolder, read_model_folder
-from opd_daemon.distill.planning import estimate
 from opd_daemon.errors import FieldViolation, OpdError
+from opd_daemon.models.folder import ModelFolder, read_folder
 from opd_daemon.vocabulary import compare_vocabularies, load_vocabulary
 
 if TYPE_CHECKING:
     from opd_daemon.trainer import TrainerInfo
-
-__all__ = ["check_run", "estimate"]
 
 FAULTS_SHOWN = 5
 
@@ -30,22 +28,47 @@ def check_run(config: RunConfig, trainer: TrainerInfo | None) -> list[FieldViola
 
     Without a trainer, whose name was wrong, its options are not checked.
     """
-    violations = [*(_check_options(config, trainer) if trainer else ()), *_check_output(config)]
+    violations = [*_check_method(config, trainer), *_check_output(config)]
     folders: dict[str, ModelFolder] = {}
     for name in ("base_model_path", "teacher_model_path"):
         try:
-            folders[name] = read_model_folder(Path(getattr(config, name)))
+            folders[name] = read_folder(Path(getattr(config, name)))
         except OpdError as fault:
             violations.append(_violation(name, fault.message))
     base, teacher = folders.get("base_model_path"), folders.get("teacher_model_path")
     if base and config.student_adapter_path:
         faults = adapter_faults(Path(config.student_adapter_path), base.tensors, base.bits)
         violations += [_violation("student_adapter_path", fault) for fault in faults]
+    elif base:
+        violations += [_violation(f"lora.{name}", fault) for name, fault in lora_faults(config.lora, base)]
     if base and teacher:
         violations += _check_tokenizers(config, base, teacher)
         violations += _check_context(config, base, teacher)
-    violations += _check_rows(config)
+    violations += _check_rows(config, needs_completions=_sources(config, trainer).get("data", 0.0) > 0)
     return violations
+
+
+def _check_method(config: RunConfig, trainer: TrainerInfo | None) -> Iterator[FieldViolation]:
+    """Whether trainer, optimizer and evaluation go with their options."""
+    if trainer:
+        faults = _check_options(config, trainer)
+        yield from faults
+        if not faults:
+            options = trainer.options.model_validate(config.trainer_options)
+            yield from (_violation(name, fault) for name, fault in trainer.faults(config, options))
+        if config.precompute and _sources(config, trainer).get("student"):
+            message = f"trainer {trainer.name} trains on what the student will say, which can't be scored beforehand"
+            yield _violation("precompute", f"{message}; set it false, or use an off-policy trainer")
+    if config.eval_tasks and find_spec("lm_eval") is None:
+        yield _violation("eval_tasks", f"{config.eval_tasks}: tasks need the package lm-eval; run: pip install lm-eval")
+
+
+def _sources(config: RunConfig, trainer: TrainerInfo | None) -> Mapping[str, float]:
+    """Who writes the completions; nobody where the trainer or its options are wrong."""
+    try:
+        return trainer.sources(config, trainer.options.model_validate(config.trainer_options)) if trainer else {}
+    except ValidationError:
+        return {}
 
 
 def _check_options(config: RunConfig, trainer: TrainerInfo) -> list[FieldViolation]:
@@ -105,9 +128,8 @@ def _check_tokenizers(config: RunConfig, base: ModelFolder, teacher: ModelFolder
 
 
 def _check_context(config: RunConfig, base: ModelFolder, teacher: ModelFolder) -> list[FieldViolation]:
-    lengths = [folder.number("max_position_embeddings") for folder in (base, teacher)]
-    context = min((length for length in lengths if length), default=0)
-    if context and config.max_generation_tokens >= context:
+    context = min(base.max_context, teacher.max_context)
+    if config.max_generation_tokens >= context:
         message = (
             f"{config.max_generation_tokens}: no room for a prompt in the models' context of {context} tokens; lower it"
         )
@@ -115,7 +137,7 @@ def _check_context(config: RunConfig, base: ModelFolder, teacher: ModelFolder) -
     return []
 
 
-def _check_rows(config: RunConfig) -> list[FieldViolation]:
+def _check_rows(config: RunConfig, *, needs_completions: bool) -> list[FieldViolation]:
     both = bool(config.prompts_path and config.validation_prompts_path)
     limits = {"prompts_path": config.max_prompts, "validation_prompts_path": config.max_validation_prompts}
     violations = []
@@ -129,16 +151,21 @@ def _check_rows(config: RunConfig) -> list[FieldViolation]:
             violations.append(_violation(name, f"{path}: {len(faults) - FAULTS_SHOWN} more faulty lines"))
         if not faults and not both and len(rows) < 2:
             violations.append(_violation(name, f"{path}: 1 row can't be split; add rows or name a second file"))
-        violations += _check_texts(config, name, [entry for entry in rows if isinstance(entry, Row)])
+        sound = [entry for entry in rows if isinstance(entry, Row)]
+        if needs_completions and name != "validation_prompts_path":
+            violations += _check_completions(name, sound)
+        violations += _check_texts(config, sound)
     return violations
 
 
-def _check_texts(config: RunConfig, name: str, rows: list[Row]) -> Iterator[FieldViolation]:
-    if not config.use_teacher_targets and name != "validation_prompts_path":
-        lacking = next((row for row in rows if row.completion is None and not row.text), None)
-        if lacking:
-            message = f"{lacking.place}: has no completion to learn, which use_teacher_targets false needs"
-            yield _violation(name, message)
+def _check_completions(name: str, rows: list[Row]) -> Iterator[FieldViolation]:
+    lacking = next((row for row in rows if row.completion is None and not row.text), None)
+    if lacking:
+        cure = "give one in every row, or use a trainer or use_teacher_targets that doesn't need it"
+        yield _violation(name, f"{lacking.place}: has no completion to learn; {cure}")
+
+
+def _check_texts(config: RunConfig, rows: list[Row]) -> Iterator[FieldViolation]:
     # A token is at least a byte long, so only rows longer than that can be too long.
     long = [row for row in rows if len(row.prompt.encode()) > config.max_prompt_tokens]
     file = Path(config.base_model_path) / "tokenizer.json"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import BatchGenerator
+import numpy.typing as npt
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from opd_daemon.distill.data import Prompt
+from opd_daemon.distill.decoding import Continuation, Sampling, Stopped, decode
 from opd_daemon.distill.files import append_line, write_file
-from opd_daemon.distill.logits import on_host, top_ids
+from opd_daemon.errors import OpdError, Reason
 from opd_daemon.trainer import Teacher
 from opd_daemon.types import Float32, GenerateRequest, Int32
 
@@ -23,26 +25,41 @@ if TYPE_CHECKING:
 
 Source = Literal["student", "teacher", "data"]
 
-LARGEST_BATCH = 64
+ARRAYS = ("support_ids", "behaviour_logprobs", "trained")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rollout:
-    """A prompt with a completion.
+    """A prompt with a completion of R tokens.
 
-    completion_ids include the EOS that ended it; `finished` is false when it was cut off at the length limit.
-    support_ids (len(completion_ids), K): the student's K most likely ids at each position when it sampled, if recorded.
+    completion_ids: include the EOS that ended it. stopped: by such an EOS ("stop"), at the length limit, or because it
+    went on repeating itself.
+    support_ids (R, K): the student's K most likely ids at each position when it sampled, if recorded.
+    behaviour_logprobs (R,): log-probability of each token under the student that sampled it, at temperature 1; None
+    for completions of others.
+    trained (R,): positions that are trained on; None is all of them.
+    version: number of updates of the student that sampled. drawn_from: the seed, and the place among the sequences
+    sampled with it, which its random numbers are a function of.
     """
 
     prompt: Prompt
     completion_ids: tuple[int, ...]
-    finished: bool
+    stopped: Stopped
     source: Source
     support_ids: Int32 | None = None
+    behaviour_logprobs: Float32 | None = None
+    trained: npt.NDArray[np.bool_] | None = None
+    version: int = 0
+    drawn_from: tuple[int, int] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether an EOS ended it."""
+        return self.stopped == "stop"
 
     @property
     def token_ids(self) -> Int32:
-        """Prompt and completion, `(n,)`."""
+        """Prompt and completion as the student reads them, `(n,)`."""
         return np.array([*self.prompt.token_ids, *self.completion_ids], dtype=np.int32)
 
     @property
@@ -50,52 +67,80 @@ class Rollout:
         """Place of the first completion token."""
         return len(self.prompt.token_ids)
 
+    @property
+    def teacher_token_ids(self) -> Int32:
+        """The teacher's own prompt, if it has one, and the same completion."""
+        return np.array([*self.prompt.teacher_token_ids, *self.completion_ids], dtype=np.int32)
+
+    @property
+    def teacher_score_from(self) -> int:
+        """Place of the first completion token in `teacher_token_ids`."""
+        return len(self.prompt.teacher_token_ids)
+
 
 def sample_completions(
-    student: Student, prompts: Sequence[Prompt], *, max_tokens: int, temperature: float, seed: int, support: int = 0
+    student: Student,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    support: int = 0,
+    repetition_guard: int = 0,
+    version: int = 0,
 ) -> list[Rollout]:
-    """Let the student continue prompts, all in one batch.
+    """Let the student continue prompts, all together. A prompt that is there several times is read once.
 
     Every sequence has random numbers of its own, a function of `seed` and its place, so a completion doesn't depend on
     what it was batched with. temperature 0 is greedy. support > 0 records that many most likely ids per position.
+    repetition_guard > 0 ends a completion that says the same thing that many times in a row.
     """
-    generator = BatchGenerator(
-        student.model,
-        stop_tokens=[[token] for token in student.eos_ids],
-        completion_batch_size=LARGEST_BATCH,
-        prefill_batch_size=LARGEST_BATCH,
-    )
-    try:
-        samplers = [_sampler(student, seed, place, temperature) for place in range(len(prompts))]
-        uids = generator.insert(
-            [list(prompt.token_ids) for prompt in prompts], [max_tokens] * len(prompts), samplers=samplers
+    sampling = Sampling(max_tokens, temperature, support, repetition_guard)
+    rows = [
+        Continuation(prompt.token_ids, np.random.default_rng([seed, place]).random(max_tokens))
+        for place, prompt in enumerate(prompts)
+    ]
+    decode(student, rows, sampling)
+    return [
+        Rollout(
+            prompt,
+            tuple(row.token_ids),
+            row.stopped or "length",
+            "student",
+            support_ids=np.stack(row.support) if row.support else None,
+            behaviour_logprobs=np.array(row.logprobs, dtype=np.float32),
+            version=version,
+            drawn_from=(seed, place),
         )
-        return _collect(generator, student, dict(zip(uids, prompts, strict=True)), support)
-    finally:
-        generator.close()
+        for place, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
+    ]
 
 
 def teacher_completions(
     teacher: Teacher, prompts: Sequence[Prompt], *, max_tokens: int, temperature: float, seed: int
 ) -> list[Rollout]:
     """Let the teacher continue prompts. A prompt gets the same completion in every epoch."""
+    seeds = [(seed * 1_000_003 + prompt.index) % 2**32 for prompt in prompts]
     requests = [
-        GenerateRequest(prompt.token_ids, max_tokens, temperature, seed=(seed * 1_000_003 + prompt.index) % 2**32)
-        for prompt in prompts
+        GenerateRequest(prompt.teacher_token_ids, max_tokens, temperature, seed=own)
+        for prompt, own in zip(prompts, seeds, strict=True)
     ]
     rollouts = []
     for prompt, tokens in zip(prompts, teacher.generate(requests), strict=True):
-        finished = tokens[-1].finish_reason == "stop"
-        rollouts.append(Rollout(prompt, tuple(token.token_id for token in tokens), finished, "teacher"))
+        stopped: Stopped = "stop" if tokens[-1].finish_reason == "stop" else "length"
+        rollouts.append(Rollout(prompt, tuple(token.token_id for token in tokens), stopped, "teacher"))
     return rollouts
 
 
 def reference_completions(prompts: Sequence[Prompt], max_tokens: int) -> list[Rollout]:
-    """The data's own completions, cut at max_tokens. Every prompt must have one."""
+    """The data's own completions, cut at max_tokens. Raises INVALID_RUN_CONFIG for a prompt that has none."""
     rollouts = []
     for prompt in prompts:
-        ids = prompt.reference_ids or ()
-        rollouts.append(Rollout(prompt, ids[:max_tokens], len(ids) <= max_tokens, "data"))
+        ids = prompt.reference_ids
+        if not ids:
+            message = f"{prompt.place}: has no completion to learn; give one, or use a trainer that needs none"
+            raise OpdError(Reason.INVALID_RUN_CONFIG, message, place=prompt.place)
+        rollouts.append(Rollout(prompt, ids[:max_tokens], "stop" if len(ids) <= max_tokens else "length", "data"))
     return rollouts
 
 
@@ -114,7 +159,9 @@ class RolloutLog:
                 "source": rollout.source,
                 "prompt": rollout.prompt.text,
                 "completion": self.decode(list(rollout.completion_ids)),
-                "finished": rollout.finished,
+                "stopped": rollout.stopped,
+                "version": rollout.version,
+                "drawn_from": rollout.drawn_from,
                 "prompt_index": rollout.prompt.index,
                 "completion_ids": list(rollout.completion_ids),
             }
@@ -127,8 +174,43 @@ def read_rollouts(path: Path, prompts: Mapping[int, Prompt]) -> list[Rollout]:
     for row in read_log(path):
         prompt = prompts.get(row["prompt_index"])
         if prompt is not None and row["source"] != "student":
-            found[prompt.index] = Rollout(prompt, tuple(row["completion_ids"]), row["finished"], row["source"])
+            found[prompt.index] = Rollout(prompt, tuple(row["completion_ids"]), row["stopped"], row["source"])
     return list(found.values())
+
+
+def save_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """Write rollouts with everything known of them to a safetensors file, for `load_rollouts`. Raises DISK_FULL."""
+    tensors: dict[str, npt.NDArray[Any]] = {}
+    facts = []
+    for place, rollout in enumerate(rollouts):
+        arrays = {name: getattr(rollout, name) for name in ARRAYS}
+        arrays["completion_ids"] = np.array(rollout.completion_ids, dtype=np.int32)
+        tensors |= {f"{place}.{name}": array for name, array in arrays.items() if array is not None}
+        kept = {name: getattr(rollout, name) for name in ("stopped", "source", "version", "drawn_from")}
+        facts.append({**kept, "prompt_index": rollout.prompt.index})
+    write_file(path, save(tensors, metadata={"rollouts": json.dumps(facts)}))
+
+
+def load_rollouts(path: Path, prompts: Mapping[int, Prompt]) -> list[Rollout]:
+    """Rollouts as `save_rollouts` wrote them; prompts: by their index."""
+    with safe_open(path, "np") as file:
+        facts = json.loads(file.metadata()["rollouts"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    rollouts = []
+    for place, known in enumerate(facts):
+        arrays = {name: tensors.get(f"{place}.{name}") for name in ARRAYS}
+        rollouts.append(
+            Rollout(
+                prompts[known["prompt_index"]],
+                tuple(tensors[f"{place}.completion_ids"].tolist()),
+                known["stopped"],
+                known["source"],
+                version=known["version"],
+                drawn_from=known["drawn_from"] and tuple(known["drawn_from"]),
+                **arrays,
+            )
+        )
+    return rollouts
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -136,7 +218,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -146,56 +228,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def forget_after(path: Path, step: int) -> None:
     """Drop the rows of later steps, which a resumed run is going to write again."""
-    rows = read_log(path)
-    kept = [row for row in rows if row["step"] <= step]
-    if len(kept) < len(rows):
-        write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
-
-
-def _sampler(student: Student, seed: int, place: int, temperature: float) -> Callable[[mx.array], mx.array]:
-    if temperature == 0:
-        return lambda logprobs: mx.argmax(student.vocabulary(logprobs), axis=-1)
-    scale = 1.0 / temperature
-    if on_host():
-        generator = np.random.default_rng([seed, place])
-        return lambda logprobs: _draw(np.asarray(student.vocabulary(logprobs)) * np.float32(scale), generator.random())
-    keys = _keys(mx.random.split(mx.random.key(seed), place + 1)[place])
-    return lambda logprobs: mx.random.categorical(student.vocabulary(logprobs) * scale, key=next(keys))
-
-
-def _keys(state: mx.array) -> Iterator[mx.array]:
-    while True:
-        state, key = mx.random.split(state)
-        yield key
-
-
-def _draw(logits: Float32, uniform: float) -> mx.array:
-    # One uniform number against the running sum: MLX's Gumbel noise costs two slow logarithms for every id.
-    mass = np.exp(logits[0] - logits[0].max()).cumsum(dtype=np.float64)
-    return mx.array([int(np.searchsorted(mass, uniform * mass[-1], side="right"))], dtype=mx.int32)
-
-
-def _collect(generator: BatchGenerator, student: Student, prompts: dict[int, Prompt], support: int) -> list[Rollout]:
-    tokens: dict[int, list[int]] = {uid: [] for uid in prompts}
-    supports: dict[int, list[Any]] = {uid: [] for uid in prompts}
-    finished: dict[int, bool] = {}
-    while len(finished) < len(prompts):
-        responses = generator.next_generated()
-        likely = _support(responses, student, support)
-        for place, response in enumerate(responses):
-            tokens[response.uid].append(int(response.token))
-            if support:
-                supports[response.uid].append(likely[place])
-            if response.finish_reason is not None:
-                finished[response.uid] = response.finish_reason == "stop"
-    return [
-        Rollout(prompt, tuple(tokens[uid]), finished[uid], "student", np.stack(supports[uid]) if support else None)
-        for uid, prompt in prompts.items()
-    ]
-
-
-def _support(responses: Sequence[Any], student: Student, count: int) -> Any:
-    if not count or not responses:
-        return None
-    logprobs = student.vocabulary(mx.stack([response.logprobs for response in responses]))
-    return np.array(top_ids(logprobs, min(count, student.vocab_size)))
+    kept = [json.dumps(row, ensure_ascii=False) + "\n" for row in read_log(path) if row["step"] <= step]
+    content = "".join(kept).encode()
+    # Not only rows go: a line cut off by a crash would swallow the next one.
+    if path.exists() and path.read_bytes() != content:
+        write_file(path, content)

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+import gc
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
+import mlx.core as mx
+from mlx_lm.utils import load_tokenizer
+
 from opd_daemon.config import RunConfig
+from opd_daemon.distill.chat import compare_templates
 from opd_daemon.distill.checkpoints import Checkpoints
-from opd_daemon.distill.data import build_prompts
+from opd_daemon.distill.data import PromptSet, build_prompts
 from opd_daemon.distill.evaluation import Evaluator
 from opd_daemon.distill.journal import Journal
+from opd_daemon.distill.live_preflight import check_models
 from opd_daemon.distill.logits import on_host
 from opd_daemon.distill.loop import TrainingLoop
 from opd_daemon.distill.memory import limit_memory
 from opd_daemon.distill.objective import Objective
 from opd_daemon.distill.step import StopRequested
 from opd_daemon.distill.student import Student
-from opd_daemon.errors import OpdError, Reason
+from opd_daemon.distill.teacher_head import HeadMatrix
+from opd_daemon.errors import OUT_OF_MEMORY_SIGNS, OpdError, Reason
 from opd_daemon.home import RunFolders
-from opd_daemon.trainer import Reporter, Teacher, TrainContext, TrainerInfo
+from opd_daemon.trainer import DivergenceInfo, Reporter, Teacher, TrainContext, TrainerInfo
 from opd_daemon.vocabulary import compare_vocabularies, load_vocabulary
 
-OUT_OF_MEMORY = re.compile(r"malloc|unable to allocate|out of memory|insufficient memory|bad_alloc", re.IGNORECASE)
+logger = logging.getLogger(__name__)
 
 
 def run_trainer(
@@ -36,23 +45,32 @@ def run_trainer(
     reporter: Reporter,
     should_stop: Callable[[], bool],
     resume_from: Path | None,
+    memory_halvings: int = 0,
+    divergences: Mapping[str, DivergenceInfo] | None = None,
 ) -> bool:
     """Train from the start, or from a step's checkpoint. True when the run is complete, false when it was stopped.
 
+    memory_halvings: how many times to halve the micro-batches; the loss stays the same. divergences: those that
+    plugins offer, by name.
+
     Raises:
-        OpdError: with the reason of whatever went wrong; OUT_OF_MEMORY when MLX could not allocate.
+        OpdError: with the reason of whatever went wrong; OUT_OF_MEMORY, of process "worker", when there was no memory
+            here. What could be saved is saved then.
     """
     limit_memory()
     with memory_faults_named(config):
         student = load_student(config)
         journal = Journal(reporter, folders, student.tokenizer.decode)
-        masked = mask_unshared(config, teacher, student, journal)
-        prompts = build_prompts(config, student.tokenizer, student.eos_ids, teacher.info.max_context)
+        masked = mask_unshared(config, teacher, student, journal.log)
+        head = cache(lambda: HeadMatrix(teacher.head(), student.vocabulary))
+        prompts = read_prompts(config, student, teacher, journal)
         loop = TrainingLoop(
             config=config,
             student=student,
             prompts=prompts,
-            evaluator=Evaluator(teacher, student, prompts.held_out, config, masked),
+            evaluator=Evaluator(
+                teacher, student, prompts.held_out, config, masked_token_ids=masked, trainer=trainer, head=head
+            ),
             journal=journal,
             checkpoints=Checkpoints(folders.checkpoints, 1 if config.save_best_only else config.keep_last_n),
             should_stop=should_stop,
@@ -66,14 +84,17 @@ def run_trainer(
             teacher=teacher,
             student=student,
             prompts=prompts,
-            objective=Objective.from_config(config),
+            objective=Objective.from_config(config, head=head, offered=divergences),
             loop=loop,
             reporter=reporter,
             should_stop=should_stop,
             resume_from=resume_from,
             masked_token_ids=masked,
+            memory_halvings=memory_halvings,
         )
         reporter.started()
+        if resume_from is None:
+            check_models(teacher, student, loop.evaluator.rollouts, masked)
         return train(context, trainer)
 
 
@@ -83,10 +104,29 @@ def memory_faults_named(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as fault:
-        if isinstance(fault, MemoryError) or OUT_OF_MEMORY.search(str(fault)):
+        if is_memory_fault(fault):
             message = "not enough memory for a training step; resume with a smaller batch_size"
-            raise OpdError(Reason.OUT_OF_MEMORY, message, batch_size=config.batch_size) from fault
+            raise OpdError(
+                Reason.OUT_OF_MEMORY, message, batch_size=config.batch_size, process="worker"
+            ) from fault
         raise
+
+
+def is_memory_fault(fault: BaseException) -> bool:
+    """Whether MLX or Python found no memory; MLX only says so in its message."""
+    return isinstance(fault, MemoryError) or bool(OUT_OF_MEMORY_SIGNS.search(str(fault)))
+
+
+def rescue(loop: TrainingLoop, fault: BaseException) -> None:
+    """Save the last complete step with the memory that the failed work gives back; no more than tried."""
+    traceback.clear_frames(fault.__traceback__)
+    gc.collect()
+    mx.clear_cache()
+    try:
+        if loop.rescue():
+            loop.journal.log(f"memory ran out; step {loop.progress.step} is saved", "warning")
+    except Exception:
+        logger.exception("no checkpoint could be written after memory ran out")
 
 
 def train(context: TrainContext, trainer: TrainerInfo) -> bool:
@@ -97,6 +137,10 @@ def train(context: TrainContext, trainer: TrainerInfo) -> bool:
         trainer.factory().train(context)
     except StopRequested:
         loop.stop()
+    except (RuntimeError, MemoryError) as fault:
+        if is_memory_fault(fault):
+            rescue(loop, fault)
+        raise
     except OpdError as error:
         if error.reason is not Reason.CANCELLED or not context.should_stop():
             raise
@@ -115,7 +159,24 @@ def load_student(config: RunConfig) -> Student:
     return Student.load(Path(config.base_model_path), adapter, config.lora, seed=config.seed, float32=float32)
 
 
-def mask_unshared(config: RunConfig, teacher: Teacher, student: Student, journal: Journal) -> tuple[int, ...]:
+def read_prompts(config: RunConfig, student: Student, teacher: Teacher, journal: Journal) -> PromptSet:
+    """The run's prompts as each model reads them; says what is left out, and where the models' templates differ."""
+    own = load_tokenizer(Path(config.teacher_model_path)) if config.teacher_template == "teacher" else None
+    prompts = build_prompts(config, student.tokenizer, student.eos_ids, teacher.info.max_context, own)
+    if prompts.left_out:
+        journal.log(f"{prompts.left_out} training prompts are held out too, and left out of training", "warning")
+    differs = compare_templates(Path(config.base_model_path), Path(config.teacher_model_path))
+    if differs and own is None:
+        cure = "the teacher reads the student's rendering; teacher_template: teacher lets it read its own"
+        journal.log(f"the models' chat templates render a prompt differently ({differs}): {cure}", "warning")
+    elif differs:
+        journal.log(f"the teacher reads prompts as its own chat template renders them ({differs})")
+    return prompts
+
+
+def mask_unshared(
+    config: RunConfig, teacher: Teacher, student: Student, say: Callable[[str], None]
+) -> tuple[int, ...]:
     """Give ids that only one model knows no mass on either side, and say so. Returns those the teacher has to mask.
 
     Raises:
@@ -132,5 +193,5 @@ def mask_unshared(config: RunConfig, teacher: Teacher, student: Student, journal
     info = teacher.info
     student.mask_vocabulary((*unshared, *range(info.vocab_size, student.width)), info.padded_vocab_size)
     if unshared:
-        journal.log(f"{len(unshared)} ids that only one of the two tokenizers knows are masked on both sides")
+        say(f"{len(unshared)} ids that only one of the two tokenizers knows are masked on both sides")
     return tuple(index for index in unshared if index < info.vocab_size)

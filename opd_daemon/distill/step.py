@@ -46,7 +46,10 @@ class Step:
         self.seed = seed
         self.record = TokenRecord()
         self.phases: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
+        self.peak_bytes = 0
         self.grad_norm = 0.0
+        self.began_update = False
         self.updated = False
         self._gradients: Any = None
         self._optimizer = optimizer
@@ -56,17 +59,23 @@ class Step:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase in milliseconds: "rollout", "score" or "train". Ends the step when a stop was asked for."""
-        if self._should_stop():
+        """Take a phase's time in milliseconds and MLX's peak in bytes: "rollout", "score" or "train".
+
+        Ends the step when a stop was asked for, unless the student is updated already.
+        """
+        if self._should_stop() and not self.began_update:
             raise StopRequested
+        self._read_peak()
         started = time.perf_counter()
         yield
         self.phases[name] = self.phases.get(name, 0.0) + 1000.0 * (time.perf_counter() - started)
+        self.peaks[name] = max(self.peaks.get(name, 0), self._read_peak())
         readings = {"step": self.number, "active_memory_bytes": mx.get_active_memory()}
-        self._journal.gauges({**readings, "peak_memory_bytes": mx.get_peak_memory()})
+        self._journal.gauges({**readings, "peak_memory_bytes": self.peak_bytes})
 
     def log_rollouts(self, rollouts: Sequence[Rollout]) -> None:
         """Keep the step's rollouts on disk."""
+        self.record.take(rollouts)
         self._journal.rollouts(self.number, rollouts, sample=self._shows_sample)
 
     def accumulate(self, result: BatchGradient) -> None:
@@ -79,15 +88,26 @@ class Step:
         self.record.add(result)
 
     def update(self) -> None:
-        """Divide by the step's token count, clip, and update the student; left out where a number is none."""
+        """Divide by the step's count, clip, and update the student; left out where a number is none."""
+        if self._gradients is None:
+            self.updated = True
+            return
         scale = 1.0 / max(self.record.count, 1.0)
         gradients, self.grad_norm = clipped(
             tree_map(lambda gradient: gradient * scale, self._gradients), self._optimizer.config.max_grad_norm
         )
         if self.finite:
+            self.began_update = True
             self._optimizer.update(gradients, self.number)
         self._gradients = None
         self.updated = True
+
+    def _read_peak(self) -> int:
+        """MLX's peak since the last reading; the step's own peak takes it in."""
+        peak = mx.get_peak_memory()
+        mx.reset_peak_memory()
+        self.peak_bytes = max(self.peak_bytes, peak)
+        return peak
 
     @property
     def finite(self) -> bool:

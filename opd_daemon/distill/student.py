@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,27 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model, load_tokenizer
 
 from opd_daemon.config import LoraConfig
-from opd_daemon.distill.adapter import CONFIG, LEAVES, WEIGHTS, AdapterConfig, read_adapter_config
+from opd_daemon.distill.adapter import (
+    CARD,
+    CONFIG,
+    LEAVES,
+    WEIGHTS,
+    AdapterConfig,
+    dora_fault,
+    read_adapter_config,
+    weights_file,
+)
+from opd_daemon.distill.blocks import Blocks
 from opd_daemon.distill.files import write_file
 from opd_daemon.distill.logits import VocabularyMask
+from opd_daemon.distill.model_card import CardFacts, card_text
+from opd_daemon.distill.peft import BLOCK_LAYER, PEFT_WEIGHTS, mlx_name, peft_name, peft_settings
+from opd_daemon.distill.shape import Shape, in_float32, shape_of
+from opd_daemon.distill.tape import drivable_blocks
 from opd_daemon.errors import OpdError, Reason
-
-Head = Callable[[mx.array], mx.array]
-
-# Differently shaped matrix products round differently; a head that does anything else to its logits is far off this.
-SPLIT_TOLERANCE = 1e-2
+from opd_daemon.models.folder import read_folder
+from opd_daemon.models.host import use_host_activations
+from opd_daemon.models.split import split
 
 
 class Student:
@@ -30,20 +43,24 @@ class Student:
 
     model, tokenizer: as mlx-lm loads them. eos_ids: every id that ends a completion. adapter: its settings.
     vocabulary: mask applied to all logits; `mask_vocabulary` narrows it. vocab_size: the tokenizer's real size; width:
-    number of logits. layers, hidden_size: the model's.
+    number of logits. layers, hidden_size: the model's. parts: body and head, where they can be told apart. shape: the
+    base model's sizes. first_digest: of the base, when it was asked for first.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, adapter: AdapterConfig) -> None:
+    def __init__(self, model: Any, tokenizer: Any, adapter: AdapterConfig, shape: Shape) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.adapter = adapter
+        self.shape = shape
+        self.first_digest = ""
         self.eos_ids: tuple[int, ...] = tuple(sorted(tokenizer.eos_token_ids))
-        self._body, self._head = split_head(model)
-        states = self._body(mx.zeros((1, 1), dtype=mx.int32))
+        known = max(tokenizer.get_vocab().values()) + 1
+        self.parts = split(model, known)
+        self._body, self._head = self.parts.body, self.parts.head
         self.layers = len(model.layers)
-        self.hidden_size = int(states.shape[-1])
-        self.width = int(self._head(states).shape[-1])
-        self.vocab_size = min(max(tokenizer.get_vocab().values()) + 1, self.width)
+        self.hidden_size = self.parts.hidden_size
+        self.width = self.parts.width
+        self.vocab_size = min(known, self.width)
         self.vocabulary = VocabularyMask(self.width, range(self.vocab_size, self.width))
 
     @classmethod
@@ -57,31 +74,26 @@ class Student:
         Raises:
             OpdError: INVALID_RUN_CONFIG when the adapter doesn't fit, MODEL_NOT_FOUND when the base can't be built.
         """
-        try:
-            model, config = load_model(base_path, lazy=False)
-            tokenizer = load_tokenizer(base_path, eos_token_ids=config.get("eos_token_id"))
-        except (ValueError, FileNotFoundError, KeyError, TypeError) as fault:
-            raise OpdError(Reason.MODEL_NOT_FOUND, f"{base_path}: can't be loaded: {fault}", path=base_path) from fault
-        if float32:
-            model.set_dtype(mx.float32)
-        model.freeze()
+        model, tokenizer = load_base(base_path, float32=float32)
         mx.random.seed(seed)
-        adapter = (
-            read_adapter_config(adapter_path)
-            if adapter_path
-            else AdapterConfig(
-                "lora", lora.num_layers, lora.rank, lora.scale, lora.dropout, _keys(lora), str(base_path)
-            )
-        )
-        dora = adapter.fine_tune_type == "dora"
-        linear_to_lora_layers(model, adapter.num_layers, adapter.lora_parameters, use_dora=dora)
-        student = cls(model, tokenizer, adapter)
+        folder = read_folder(base_path)
+        adapter = read_adapter_config(adapter_path) if adapter_path else _fresh(lora, base_path)
+        if adapter.dora and (fault := dora_fault(folder.bits)):
+            raise OpdError(Reason.INVALID_RUN_CONFIG, f"{base_path}: {fault}", path=base_path)
+        linear_to_lora_layers(model, adapter.num_layers, adapter.lora_parameters, use_dora=adapter.dora)
+        use_host_activations(model)
+        student = cls(model, tokenizer, adapter, shape_of(in_float32(folder) if float32 else folder))
         student.check_trainable()
         if adapter_path:
-            student.load_adapter(adapter_path / WEIGHTS)
+            student.load_adapter(weights_file(adapter_path))
         model.eval()
         mx.eval(model.parameters())
         return student
+
+    @cached_property
+    def blocks(self) -> Blocks | None:
+        """The blocks, where gradients can be taken one block at a time; proved on first use."""
+        return drivable_blocks(self.model, self.parts)
 
     def parameters(self) -> dict[str, mx.array]:
         """The trainable tensors, by name."""
@@ -95,7 +107,7 @@ class Student:
         """Make sure that adapter tensors, and nothing else, are trainable.
 
         Raises:
-            OpdError: INVALID_RUN_CONFIG when the LoRA keys name no layer of the model.
+            OpdError: INVALID_RUN_CONFIG when the LoRA keys name no layer of the model, or one outside its blocks.
         """
         trainable = self.parameters()
         if not trainable:
@@ -105,6 +117,11 @@ class Student:
             )
             message = f"lora.keys ({keys}) name no layer of this model; it has {', '.join(names[:8])}"
             raise OpdError(Reason.INVALID_RUN_CONFIG, message, keys=keys)
+        flat: list[Any] = [tree_flatten(layer.trainable_parameters()) for layer in self.model.layers]
+        inside = {id(tensor) for tensors in flat for _, tensor in tensors}
+        if outside := [name for name, tensor in trainable.items() if id(tensor) not in inside]:
+            message = f"{outside[0]} is outside the model's blocks; only layers inside them can be trained"
+            raise OpdError(Reason.INVALID_RUN_CONFIG, message, tensor=outside[0])
         strange = [name for name in trainable if name.rpartition(".")[2] not in LEAVES]
         if strange:
             raise OpdError(Reason.INTERNAL, f"{strange[0]} of the base model is trainable; only the adapter may be")
@@ -132,12 +149,14 @@ class Student:
         return self.vocabulary(self._head(self._body(tokens)))
 
     def load_adapter(self, path: Path) -> None:
-        """Take the adapter's tensors from a safetensors file, as float32.
+        """Take the adapter's tensors from a safetensors file, mlx-lm's or PEFT's, as float32.
 
         Raises:
             OpdError: INVALID_RUN_CONFIG naming the first tensor that is missing, unknown or of another shape.
         """
-        stored: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+        stored: Any = mx.load(str(path))
+        if path.name == PEFT_WEIGHTS:
+            stored = _in_mlx_form(stored)
         own = self.parameters()
         for name in sorted(own.keys() | stored.keys()):
             if name not in own:
@@ -156,8 +175,10 @@ class Student:
         self.model.update(tree_unflatten(list(tensors.items())))
         mx.eval(self.parameters_tree())
 
-    def save_adapter(self, folder: Path) -> None:
+    def save_adapter(self, folder: Path, card: CardFacts | None = None) -> None:
         """Write `adapters.safetensors` and `adapter_config.json` into a folder, as mlx-lm loads them.
+
+        card: of a finished adapter, which is written in PEFT's form too, where that can hold it, and with its card.
 
         Raises:
             OpdError: DISK_FULL, or INVALID_REQUEST where the folder can't be written to; no half file is left.
@@ -165,8 +186,30 @@ class Student:
         from safetensors.numpy import save
 
         tensors = {name: np.array(tensor) for name, tensor in sorted(self.parameters().items())}
+        peft = card is not None and all(
+            tensor.ndim <= 2 and BLOCK_LAYER.search(name) for name, tensor in tensors.items()
+        )
+        settings = self._peft_settings(tensors) if peft else None
+        if peft:
+            theirs = {peft_name(name): np.ascontiguousarray(tensor.T) for name, tensor in tensors.items()}
+            write_file(folder / PEFT_WEIGHTS, save(theirs, metadata={"format": "pt"}))
         write_file(folder / WEIGHTS, save(tensors, metadata={"format": "mlx"}))
-        write_file(folder / CONFIG, self.adapter.to_json().encode())
+        write_file(folder / CONFIG, self.adapter.to_json(settings).encode())
+        if card is not None:
+            kind = "DoRA" if self.adapter.dora else "LoRA"
+            text = card_text(card, kind=kind, rank=self.adapter.rank, scale=self.adapter.scale, peft=peft)
+            write_file(folder / CARD, text.encode())
+
+    def _peft_settings(self, names: Iterable[str]) -> Any:
+        adapter = self.adapter
+        return peft_settings(
+            rank=adapter.rank,
+            scale=adapter.scale,
+            dropout=adapter.dropout,
+            dora=adapter.dora,
+            base=adapter.model,
+            names=names,
+        )
 
     def base_digest(self) -> str:
         """sha256 over every frozen tensor: the same before and after training, or the base was touched."""
@@ -176,26 +219,29 @@ class Student:
             if name not in trainable:
                 digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
                 digest.update(np.ascontiguousarray(np.array(tensor.view(mx.uint8))).data)
+        self.first_digest = self.first_digest or digest.hexdigest()
         return digest.hexdigest()
 
 
-def split_head(model: Any) -> tuple[Head, Head]:
-    """The model as body and output head, proved by running both ways on a few tokens.
-
-    Heads with anything behind the matrix (soft-caps, scales) fail the proof; then the body is the whole model and the
-    head does nothing.
-    """
-    body = getattr(model, "model", None)
-    embedding = getattr(body, "embed_tokens", None)
-    head = getattr(model, "lm_head", None) or getattr(embedding, "as_linear", None)
-    if body is not None and head is not None:
-        tokens = mx.arange(1, 9, dtype=mx.int32)[None]
-        whole = model(tokens).astype(mx.float32)
-        difference = mx.abs(head(body(tokens)).astype(mx.float32) - whole).max()
-        if difference <= SPLIT_TOLERANCE * mx.abs(whole).max():
-            return body, head
-    return model, lambda rows: rows
+def load_base(path: Path, *, float32: bool = False) -> tuple[Any, Any]:
+    """Model and tokenizer of a base, frozen. Raises MODEL_NOT_FOUND when it can't be built."""
+    try:
+        model, config = load_model(path, lazy=False)
+        tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    except (ValueError, FileNotFoundError, KeyError, TypeError) as fault:
+        raise OpdError(Reason.MODEL_NOT_FOUND, f"{path}: can't be loaded: {fault}", path=path) from fault
+    if float32:
+        model.set_dtype(mx.float32)
+    model.freeze()
+    return model, tokenizer
 
 
-def _keys(lora: LoraConfig) -> tuple[str, ...] | None:
-    return None if lora.keys is None else tuple(lora.keys)
+def _fresh(lora: LoraConfig, base: Path) -> AdapterConfig:
+    keys = None if lora.keys is None else tuple(lora.keys)
+    kind = "dora" if lora.dora else "lora"
+    return AdapterConfig(kind, lora.num_layers, lora.rank, lora.scale, lora.dropout, keys, str(base))
+
+
+def _in_mlx_form(tensors: Any) -> dict[str, mx.array]:
+    """PEFT's tensors under mlx-lm's names, turned as it holds them; others keep their names."""
+    return {mlx_name(name) or name: tensor.T for name, tensor in tensors.items()}

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 import pluggy
 from pydantic import BaseModel
@@ -19,12 +19,13 @@ from pydantic import BaseModel
 from opd_daemon import hookspecs
 from opd_daemon.hookspecs import ENTRY_POINT_GROUP, PROJECT
 from opd_daemon.names import RULE, is_identifier
-from opd_daemon.trainer import TrainerInfo
+from opd_daemon.trainer import DivergenceInfo, TrainerInfo
 
 logger = logging.getLogger(__name__)
 
 ALLOW_LIST = "OPD_PLUGINS"
 SLOW_SECONDS = 1.0
+SIGNALS = frozenset({"exact", "sparse", "sampled"})
 HOOKS = tuple(sorted(name for name in vars(hookspecs) if name.startswith("opd_")))
 
 
@@ -55,6 +56,21 @@ class LoadedPlugin:
     seconds: float
     calls: Any = field(repr=False, compare=False)
     offered: tuple[TrainerInfo, ...] = field(default=(), repr=False, compare=False)
+    offered_divergences: tuple[DivergenceInfo, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def divergences(self) -> tuple[str, ...]:
+        """Names of the divergences it offers."""
+        return tuple(divergence.name for divergence in self.offered_divergences)
+
+
+@dataclass(frozen=True, slots=True)
+class TakenNames:
+    """Names that plugins loaded earlier, and for divergences opd itself, hold already."""
+
+    plugins: Collection[str] = ()
+    trainers: Collection[str] = ()
+    divergences: Collection[str] = ()
 
 
 def allowed_plugins() -> frozenset[str] | None:
@@ -70,15 +86,16 @@ def installed_plugins(allowed: Collection[str] | None) -> list[EntryPoint]:
     return sorted(wanted, key=lambda entry: (entry.name, _distribution(entry)))
 
 
-def load_plugin(entry: EntryPoint, taken: Collection[str], trainers: Collection[str]) -> LoadedPlugin | FailedPlugin:
-    """Load one plugin; `taken` and `trainers` are names others hold already. Raises nothing but KeyboardInterrupt."""
+def load_plugin(entry: EntryPoint, taken: TakenNames) -> LoadedPlugin | FailedPlugin:
+    """Load one plugin. Raises nothing but KeyboardInterrupt."""
     distribution, version = _distribution(entry), entry.dist.version if entry.dist else ""
     start = time.perf_counter()
     try:
         # Whatever a plugin prints belongs to the log: standard output may be read by a program.
         with redirect_stdout(sys.stderr):
-            calls, hooks = _register(entry, taken)
-            offered = _trainers(calls, trainers)
+            calls, hooks = _register(entry, taken.plugins)
+            offered = _offered(calls.opd_trainers(), "opd_trainers", TrainerInfo, taken.trainers)
+            divergences = _offered(calls.opd_divergences(), "opd_divergences", DivergenceInfo, taken.divergences)
     except KeyboardInterrupt:
         raise
     except BaseException as fault:
@@ -89,7 +106,7 @@ def load_plugin(entry: EntryPoint, taken: Collection[str], trainers: Collection[
     if seconds > SLOW_SECONDS:
         logger.warning("plugin %r took %.1f s to load: import heavy modules inside functions", entry.name, seconds)
     names = tuple(trainer.name for trainer in offered)
-    return LoadedPlugin(entry.name, distribution, version, hooks, names, seconds, calls, offered)
+    return LoadedPlugin(entry.name, distribution, version, hooks, names, seconds, calls, offered, divergences)
 
 
 def _distribution(entry: EntryPoint) -> str:
@@ -123,30 +140,36 @@ def _check_functions(plugin: Any) -> None:
             raise PluginFault(f"{name} is 'async def'; hooks are plain functions")
 
 
-def _trainers(calls: Any, taken: Collection[str]) -> tuple[TrainerInfo, ...]:
-    trainers: list[TrainerInfo] = []
-    for offered in calls.opd_trainers():
+Info = TypeVar("Info", TrainerInfo, DivergenceInfo)
+
+
+def _offered(answers: Iterable[Any], hook: str, kind: type[Info], taken: Collection[str]) -> tuple[Info, ...]:
+    found: list[Info] = []
+    for offered in answers:
         if not isinstance(offered, Iterable):
-            raise PluginFault(f"opd_trainers returned {offered!r:.80}; return a list of opd_daemon.TrainerInfo")
-        for trainer in offered:
-            _check_trainer(trainer, {*taken, *(entry.name for entry in trainers)})
-            trainers.append(trainer)
-    return tuple(trainers)
+            raise PluginFault(f"{hook} returned {offered!r:.80}; return a list of opd_daemon.{kind.__name__}")
+        for info in offered:
+            if not isinstance(info, kind):
+                raise PluginFault(f"{hook} returned {info!r:.80}; each entry is an opd_daemon.{kind.__name__}")
+            _check_info(info, hook, {*taken, *(entry.name for entry in found)})
+            found.append(info)
+    return tuple(found)
 
 
-def _check_trainer(trainer: object, taken: Collection[str]) -> None:
-    if not isinstance(trainer, TrainerInfo):
-        raise PluginFault(f"opd_trainers returned {trainer!r:.80}; each entry is an opd_daemon.TrainerInfo")
-    where = f"opd_trainers: trainer {trainer.name!r:.80}"
-    if not is_identifier(str(trainer.name)):
+def _check_info(info: TrainerInfo | DivergenceInfo, hook: str, taken: Collection[str]) -> None:
+    where = f"{hook}: {type(info).__name__.removesuffix('Info').lower()} {info.name!r:.80}"
+    if not is_identifier(str(info.name)):
         raise PluginFault(f"{where} is no name: use {RULE}")
-    if trainer.name in taken:
-        raise PluginFault(f"{where} is offered by another plugin too; choose another name")
-    if not callable(trainer.factory):
-        raise PluginFault(f"{where} has a factory that can't be called; give a function without arguments")
-    options: object = trainer.options
+    if info.name in taken:
+        raise PluginFault(f"{where} is offered by another plugin, or by opd itself; choose another name")
+    if not callable(info.factory):
+        raise PluginFault(f"{where} has a factory that can't be called; give a function")
+    options: object = info.options
     if not (isinstance(options, type) and issubclass(options, BaseModel)):
         raise PluginFault(f"{where} has options that are no pydantic model; give a subclass of pydantic.BaseModel")
+    signals = getattr(info, "signals", SIGNALS)
+    if not signals or not set(signals) <= SIGNALS:
+        raise PluginFault(f"{where} has signals {signals!r:.80}; give some of {', '.join(sorted(SIGNALS))}")
 
 
 def _one_line(fault: BaseException, entry: EntryPoint) -> str:

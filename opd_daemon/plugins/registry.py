@@ -9,25 +9,29 @@ from opd_daemon.errors import OpdError, Reason
 from opd_daemon.plugins.discovery import (
     FailedPlugin,
     LoadedPlugin,
+    TakenNames,
     allowed_plugins,
     installed_plugins,
     load_plugin,
 )
 from opd_daemon.plugins.listener import NOTIFICATIONS, Listener
-from opd_daemon.trainer import RunRefused, TrainerInfo
+from opd_daemon.trainer import BUILT_IN_DIVERGENCES, DivergenceInfo, RunRefused, TrainerInfo
 from opd_daemon.types import Event, Run
 
 STOP_SECONDS = 5.0
 
 
 class PluginRegistry:
-    """Plugins in use (`loaded`), plugins that could not be used (`failed`), and the trainers they offer by name."""
+    """Plugins in use (`loaded`), plugins that could not be used (`failed`), and what they offer by name."""
 
     def __init__(self, loaded: Iterable[LoadedPlugin] = (), failed: Iterable[FailedPlugin] = ()) -> None:
         self.loaded = tuple(loaded)
         self.failed = tuple(failed)
         self.trainers: dict[str, TrainerInfo] = {
             trainer.name: trainer for plugin in self.loaded for trainer in plugin.offered
+        }
+        self.divergences: dict[str, DivergenceInfo] = {
+            divergence.name: divergence for plugin in self.loaded for divergence in plugin.offered_divergences
         }
         self._listeners: list[Listener] | None = None
 
@@ -37,9 +41,12 @@ class PluginRegistry:
         loaded: list[LoadedPlugin] = []
         failed: list[FailedPlugin] = []
         for entry in installed_plugins(allowed_plugins() if allowed is None else allowed):
-            names = [plugin.name for plugin in loaded]
-            trainers = [name for plugin in loaded for name in plugin.trainers]
-            plugin = load_plugin(entry, names, trainers)
+            taken = TakenNames(
+                [plugin.name for plugin in loaded],
+                [name for plugin in loaded for name in plugin.trainers],
+                [*BUILT_IN_DIVERGENCES, *(name for plugin in loaded for name in plugin.divergences)],
+            )
+            plugin = load_plugin(entry, taken)
             if isinstance(plugin, LoadedPlugin):
                 loaded.append(plugin)
             else:
@@ -62,6 +69,10 @@ class PluginRegistry:
     def plugin_of_trainer(self, name: str) -> str:
         """Name of the plugin that offers a trainer; empty when none does."""
         return next((plugin.name for plugin in self.loaded if name in plugin.trainers), "")
+
+    def plugin_of_divergence(self, name: str) -> str:
+        """Name of the plugin that offers a divergence; empty for those that are built in."""
+        return next((plugin.name for plugin in self.loaded if name in plugin.divergences), "")
 
     def before_run_started(self, run: Run) -> None:
         """Ask every plugin whether the run may start; blocks while they think.

@@ -16,8 +16,10 @@ WORKER_METHODS = frozenset(
     for method in (
         "WorkerService/GetAssignment",
         "WorkerService/ReportEvents",
+        "WorkerService/ReportComparison",
         "WorkerService/AcquireLease",
         "TeacherService/GetTeacher",
+        "TeacherService/UnloadTeacher",
         "TeacherService/ComputeLogprobs",
         "TeacherService/Generate",
         "TeacherService/GetHead",

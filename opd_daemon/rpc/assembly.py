@@ -9,14 +9,16 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from opd_daemon.distill.planning import estimate
 from opd_daemon.distill.preflight import check_run
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.events import EventLog
 from opd_daemon.home import Home
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs.attempt import Preflight, Teaching
+from opd_daemon.runs.calibration import Calibrations
+from opd_daemon.runs.comparison import Comparisons
 from opd_daemon.runs.manager import RunManager
+from opd_daemon.runs.plans import Planner
 from opd_daemon.runs.states import LIVE
 from opd_daemon.runs.workers import Workers
 from opd_daemon.store import Store
@@ -91,6 +93,7 @@ class Daemon:
     teacher: ResidentTeacher
     workers: Workers
     runs: RunManager
+    comparisons: Comparisons
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -113,13 +116,14 @@ class Daemon:
             events=events,
             plugins=plugins,
             workers=workers,
-            preflight=Preflight(check_run, estimate),
+            preflight=Preflight(check_run, Planner(Calibrations(home.calibration)).plan),
             teaching=Teaching(teacher.path, teacher.ensure),
             max_concurrent_runs=limits.concurrent_runs,
             stop_grace=limits.stop_grace_seconds,
         )
+        comparisons = Comparisons(home, events, workers=workers, runs=runs, teacher=service)
         try:
-            yield cls(home, events, plugins, teacher, workers, runs)
+            yield cls(home, events, plugins, teacher, workers, runs, comparisons)
         finally:
             await service.close()
             await events.aclose()
@@ -131,6 +135,7 @@ class Daemon:
 
     async def end(self, grace: float) -> None:
         """Let workers write their checkpoints, then end the watches and say goodbye to the plugins."""
+        await self.comparisons.close()
         await self.runs.close(grace)
         self.events.close("the daemon stops; resume this watch when it is back")
         await asyncio.to_thread(self.plugins.daemon_stopping, PLUGIN_SECONDS)
@@ -145,7 +150,7 @@ class Daemon:
     async def teacher_users(self) -> list[str]:
         """Runs that need the present teacher: all live ones, since runs with another teacher wait for them."""
         runs, _ = await self.runs.list(page_size=ALL_RUNS, states=LIVE)
-        return [run.run_id for run in runs]
+        return [run.run_id for run in runs] or [name for name in [self.comparisons.run_id] if name]
 
     async def all_runs(self) -> list[Run]:
         """Every run there is."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_daemon.config import PRESET_SUMMARIES, PRESETS, RunConfig
+from opd_daemon.distill.registry import BUILT_IN
 from opd_daemon.home import Home
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.rpc.interceptor import Context
@@ -41,7 +42,17 @@ class CatalogServicer(rpc.CatalogServiceServicer):
         return pb.ListTrainersResponse(trainers=trainers, config_schema=schema)
 
     async def ListDivergences(self, request: pb.ListDivergencesRequest, context: Context) -> pb.ListDivergencesResponse:
-        return pb.ListDivergencesResponse()
+        divergences = [
+            pb.Divergence(
+                name=divergence.name,
+                summary=divergence.summary,
+                signals=divergence.signals,
+                options_schema=struct_to_proto(divergence.options.model_json_schema()),
+                plugin=self._plugins.plugin_of_divergence(divergence.name),
+            )
+            for _, divergence in sorted({**BUILT_IN, **self._plugins.divergences}.items())
+        ]
+        return pb.ListDivergencesResponse(divergences=divergences)
 
     async def ListPlugins(self, request: pb.ListPluginsRequest, context: Context) -> pb.ListPluginsResponse:
         loaded = [
@@ -52,6 +63,7 @@ class CatalogServicer(rpc.CatalogServiceServicer):
                 hooks=plugin.hooks,
                 trainers=plugin.trainers,
                 import_seconds=plugin.seconds,
+                divergences=plugin.divergences,
             )
             for plugin in self._plugins.loaded
         ]

@@ -8,15 +8,18 @@ from contextlib import aclosing
 from pathlib import Path
 
 from opd_daemon.config import PRESETS
+from opd_daemon.distill.adapter import adapter_files
 from opd_daemon.errors import OpdError, Reason, invalid
 from opd_daemon.events import Bookmark, EventBatch, EventLog, GaugeReadings, WatchItem, WatchStarted
 from opd_daemon.rpc.access import caller
 from opd_daemon.rpc.interceptor import Context
+from opd_daemon.runs.comparison import Comparisons
 from opd_daemon.runs.manager import RunManager
 from opd_daemon.types import Checkpoint, RunState
 from opd_daemon.v1 import event_pb2
 from opd_daemon.v1 import run_pb2 as pb
 from opd_daemon.v1 import run_pb2_grpc as rpc
+from opd_daemon.wire import comparison
 from opd_daemon.wire import runs as wire
 from opd_daemon.wire.events import (
     evaluation_to_proto,
@@ -35,16 +38,23 @@ MAX_REQUEST_ID = 64
 class RunServicer(rpc.RunServiceServicer):
     """Thin layer over `runs.manager.RunManager` and `events.EventLog`."""
 
-    def __init__(self, runs: RunManager, events: EventLog) -> None:
+    def __init__(self, runs: RunManager, events: EventLog, comparisons: Comparisons) -> None:
         self._runs = runs
         self._events = events
+        self._comparisons = comparisons
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.CreateRunResponse:
         if len(request.request_id) > MAX_REQUEST_ID:
             raise invalid("request_id", f"{len(request.request_id)} characters long; use at most {MAX_REQUEST_ID}")
         values = {**_preset(request.preset), **wire.config_from_proto(request.config)}
         revision = await self._events.revision()
-        run = await self._runs.create(values, request_id=request.request_id, validate_only=request.validate_only)
+        run = await self._runs.create(
+            values,
+            request_id=request.request_id,
+            validate_only=request.validate_only,
+            machine=request.machine,
+            force=request.force,
+        )
         return pb.CreateRunResponse(run=wire.run_to_proto(run), revision=revision)
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
@@ -98,11 +108,15 @@ class RunServicer(rpc.RunServiceServicer):
         self, request: pb.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[pb.DownloadAdapterResponse]:
         folder = _chosen(await self._runs.checkpoints(request.run_id), request)
-        for name in ("adapter_config.json", "adapters.safetensors"):
-            data = await asyncio.to_thread((folder / name).read_bytes)
+        files = await asyncio.to_thread(adapter_files, folder)
+        if not files:
+            message = f"the adapter's folder {folder.name} of run {request.run_id!r} has been deleted; choose another"
+            raise OpdError(Reason.CHECKPOINT_NOT_FOUND, message, run_id=request.run_id)
+        for path in files:
+            data = await asyncio.to_thread(path.read_bytes)
             for offset in range(0, len(data), CHUNK_BYTES):
                 piece = data[offset : offset + CHUNK_BYTES]
-                yield pb.DownloadAdapterResponse(file_name=name, file_bytes=len(data), offset=offset, data=piece)
+                yield pb.DownloadAdapterResponse(file_name=path.name, file_bytes=len(data), offset=offset, data=piece)
 
     async def WatchEvents(
         self, request: pb.WatchEventsRequest, context: Context
@@ -122,14 +136,18 @@ class RunServicer(rpc.RunServiceServicer):
     async def DownloadReport(
         self, request: pb.DownloadReportRequest, context: Context
     ) -> AsyncIterator[pb.DownloadReportResponse]:
-        raise OpdError(Reason.NOT_IMPLEMENTED, "reports are not available in this version")
-        yield  # an async generator, as its signature promises
+        for path in await self._runs.report_files(request.run_id):
+            data = await asyncio.to_thread(path.read_bytes)
+            for offset in range(0, len(data), CHUNK_BYTES):
+                piece = data[offset : offset + CHUNK_BYTES]
+                yield pb.DownloadReportResponse(file_name=path.name, file_bytes=len(data), offset=offset, data=piece)
 
     async def CompareModels(
         self, request: pb.CompareModelsRequest, context: Context
     ) -> AsyncIterator[pb.CompareModelsResponse]:
-        raise OpdError(Reason.NOT_IMPLEMENTED, "comparing models is not available in this version")
-        yield  # an async generator, as its signature promises
+        async with aclosing(self._comparisons.compare(comparison.request_from_proto(request))) as answers:
+            async for answer in answers:
+                yield comparison.answer_to_proto(answer)
 
 
 def _preset(name: str) -> dict[str, object]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +13,9 @@ from opd_daemon.errors import OpdError, Reason, invalid
 from opd_daemon.rpc.access import caller
 from opd_daemon.rpc.assembly import ResidentTeacher
 from opd_daemon.rpc.interceptor import Context
-from opd_daemon.rpc.text import TextStream
+from opd_daemon.teacher.tokenizer import TextTokenizer
 from opd_daemon.teacher.validation import check_ids
+from opd_daemon.textstream import TextStream
 from opd_daemon.types import GeneratedToken, ScoreRequest, TeacherInfo
 from opd_daemon.v1 import teacher_pb2 as pb
 from opd_daemon.v1 import teacher_pb2_grpc as rpc
@@ -51,21 +51,24 @@ class TeacherServicer(rpc.TeacherServiceServicer):
             await self._resident.announce()
 
     async def UnloadTeacher(self, request: pb.UnloadTeacherRequest, context: Context) -> pb.UnloadTeacherResponse:
-        await self._require_unused(request.force)
+        worker_of = caller.get().run_id
+        # A worker may do without the teacher, but not take it from other runs.
+        await self._require_unused(request.force and not worker_of, besides=worker_of)
         await self._teacher.unload()
-        await self._resident.announce("unloaded on request")
+        await self._resident.announce(f"unloaded by run {worker_of}" if worker_of else "unloaded on request")
         return pb.UnloadTeacherResponse()
 
     async def ComputeLogprobs(
         self, request: pb.ComputeLogprobsRequest, context: Context
     ) -> AsyncIterator[pb.ComputeLogprobsResponse]:
-        info = self._expected(request.expected_teacher_digest, request.expected_tokenizer_digest)
+        info = self._teacher.meant(request.expected_teacher_digest, request.expected_tokenizer_digest)
         if not request.sequences:
             raise invalid("sequences", "none given; send at least one sequence")
-        requests = self._score_requests(request)
+        requests = await self._score_requests(request, info)
         yield pb.ComputeLogprobsResponse(identity=_identity(info))
         results = self._teacher.score(
             requests,
+            teacher=info,
             client=caller.get().run_id or context.peer(),
             use_cache=not request.skip_cache,
             deadline=_deadline(context),
@@ -79,43 +82,43 @@ class TeacherServicer(rpc.TeacherServiceServicer):
                     yield pb.ComputeLogprobsResponse(block=block)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
-        info = self._expected(request.expected_teacher_digest, request.expected_tokenizer_digest)
+        info = self._teacher.meant(request.expected_teacher_digest, request.expected_tokenizer_digest)
         if not request.prompts:
             raise invalid("prompts", "none given; send at least one prompt")
-        ids = [self._token_ids(entry.tokens, f"prompts[{index}].tokens") for index, entry in enumerate(request.prompts)]
+        tokenizer = await self._teacher.tokenizer(info)
+        ids = [
+            await self._token_ids(entry.tokens, f"prompts[{index}].tokens", info)
+            for index, entry in enumerate(request.prompts)
+        ]
         requests = [wire.prompt_from_proto(entry, ids[index].tolist()) for index, entry in enumerate(request.prompts)]
         prompts = [pb.TokenIds(ids=wire.pack(prompt)) for prompt in ids]
         yield pb.GenerateResponse(identity=_identity(info), prompts=prompts)
-        texts = [TextStream(self._teacher.detokenize, info.eos_token_ids) for _ in requests]
+        texts = [TextStream(tokenizer.decode, info.eos_token_ids) for _ in requests]
         tokens = self._teacher.generate(
-            requests, client=caller.get().run_id or context.peer(), use_cache=not request.skip_cache
+            requests,
+            teacher=info,
+            client=caller.get().run_id or context.peer(),
+            use_cache=not request.skip_cache,
         )
         async with aclosing(tokens):
             async for index, token in tokens:
                 yield pb.GenerateResponse(block=_block(index, token, texts[index]))
 
     async def GetHead(self, request: pb.GetHeadRequest, context: Context) -> AsyncIterator[pb.GetHeadResponse]:
-        info = self._expected(request.expected_teacher_digest, "")
+        info = self._teacher.loaded(request.expected_teacher_digest)
         if not info.supports_hidden:
             message = f"the head of {info.name} can't be split off: {info.hidden_refusal}; use top_k instead of hidden"
             raise OpdError(Reason.HIDDEN_NOT_SUPPORTED, message)
         head = await self._teacher.head()
-        facts = pb.HeadFacts(
-            padded_vocab_size=info.padded_vocab_size,
-            hidden_size=info.hidden_size,
-            group_size=head.group_size,
-            bits=head.bits,
-            mode=head.mode,
-        )
-        yield pb.GetHeadResponse(identity=_identity(info), facts=facts)
+        yield pb.GetHeadResponse(identity=_identity(info), facts=wire.head_facts(head, info))
         for piece in wire.head_pieces(head):
             yield pb.GetHeadResponse(piece=piece)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        info = self._expected("", "")
-        ids = self._token_ids(request.tokens, "tokens")
+        info = self._teacher.loaded()
+        ids = await self._token_ids(request.tokens, "tokens", info)
         check_ids("tokens.token_ids", ids, info)
-        text = self._teacher.detokenize([int(token) for token in ids])
+        text = (await self._teacher.tokenizer(info)).decode(ids.tolist())
         return pb.TokenizeResponse(token_ids=pb.TokenIds(ids=wire.pack(ids)), text=text, identity=_identity(info))
 
     async def GetCacheStats(self, request: pb.GetCacheStatsRequest, context: Context) -> pb.GetCacheStatsResponse:
@@ -131,31 +134,18 @@ class TeacherServicer(rpc.TeacherServiceServicer):
         failure = self._teacher.failure
         return wire.teacher_to_proto(self._teacher.state, self._teacher.info, str(failure) if failure else "")
 
-    async def _require_unused(self, force: bool) -> None:
-        users = await self._users()
+    async def _require_unused(self, force: bool, besides: str = "") -> None:
+        users = [run_id for run_id in await self._users() if run_id != besides]
         if users and not force:
             message = f"the teacher is in use by run {users[0]}; stop it first, or force"
             raise OpdError(Reason.TEACHER_IN_USE, message, run_id=users[0])
 
-    def _expected(self, teacher_digest: str, tokenizer_digest: str) -> TeacherInfo:
-        """The loaded teacher, provided it is the one the caller means."""
-        info = self._teacher.info
-        if info is None:
-            raise OpdError(Reason.TEACHER_NOT_LOADED, "no teacher is loaded; load one with LoadTeacher")
-        if tokenizer_digest and tokenizer_digest != info.tokenizer_digest:
-            message = f"the tokenizer is {info.tokenizer_digest[:12]}, not the expected {tokenizer_digest[:12]}"
-            raise OpdError(Reason.TOKENIZER_MISMATCH, message, digest=info.tokenizer_digest)
-        if teacher_digest and teacher_digest != info.digest:
-            message = f"the teacher is {info.digest[:12]}, not the expected {teacher_digest[:12]}"
-            raise OpdError(Reason.TEACHER_CHANGED, message, digest=info.digest)
-        return info
-
-    def _score_requests(self, request: pb.ComputeLogprobsRequest) -> list[ScoreRequest]:
+    async def _score_requests(self, request: pb.ComputeLogprobsRequest, info: TeacherInfo) -> list[ScoreRequest]:
         wants = wire.outputs_from_proto(request.outputs)
         masked = tuple(request.masked_token_ids)
         return [
             ScoreRequest(
-                token_ids=self._token_ids(entry.tokens, f"sequences[{index}].tokens"),
+                token_ids=await self._token_ids(entry.tokens, f"sequences[{index}].tokens", info),
                 score_from=entry.score_from or 1,
                 wants=wants,
                 candidate_ids=wire.candidates_from_proto(entry, f"sequences[{index}]"),
@@ -164,22 +154,25 @@ class TeacherServicer(rpc.TeacherServiceServicer):
             for index, entry in enumerate(request.sequences)
         ]
 
-    def _token_ids(self, tokens: pb.TokenInput, name: str) -> npt.NDArray[np.int32]:
+    async def _token_ids(self, tokens: pb.TokenInput, name: str, info: TeacherInfo) -> npt.NDArray[np.int32]:
         match tokens.WhichOneof("input"):
             case "token_ids":
                 return wire.unpack(tokens.token_ids.ids, f"{name}.token_ids")
             case "text":
-                return np.asarray(self._teacher.tokenize(tokens.text), dtype=np.int32)
+                tokenizer = await self._teacher.tokenizer(info)
+                return np.asarray(tokenizer.encode(tokens.text), dtype=np.int32)
             case "chat":
-                return np.asarray(self._chat(tokens.chat, f"{name}.chat"), dtype=np.int32)
+                tokenizer = await self._teacher.tokenizer(info)
+                return np.asarray(_render(tokenizer, tokens.chat, f"{name}.chat"), dtype=np.int32)
             case _:
                 raise invalid(name, "empty: give token_ids, text or chat")
 
-    def _chat(self, chat: pb.Chat, name: str) -> Sequence[int]:
-        if not chat.messages:
-            raise invalid(f"{name}.messages", "none given; a chat has at least one message")
-        messages: list[dict[str, Any]] = [{"role": entry.role, "content": entry.content} for entry in chat.messages]
-        return self._teacher.render_chat(messages, chat.add_generation_prompt)
+
+def _render(tokenizer: TextTokenizer, chat: pb.Chat, name: str) -> Sequence[int]:
+    if not chat.messages:
+        raise invalid(f"{name}.messages", "none given; a chat has at least one message")
+    messages = [{"role": entry.role, "content": entry.content} for entry in chat.messages]
+    return tokenizer.render_chat(messages, chat.add_generation_prompt)
 
 
 def _deadline(context: Context) -> float | None:

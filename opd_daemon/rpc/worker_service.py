@@ -8,10 +8,12 @@ from opd_daemon.errors import OpdError, Reason, invalid
 from opd_daemon.events import EventLog
 from opd_daemon.rpc.access import caller
 from opd_daemon.rpc.interceptor import Context
+from opd_daemon.runs.comparison import Comparisons
 from opd_daemon.runs.manager import RunManager
 from opd_daemon.types import Event, Gauges
 from opd_daemon.v1 import worker_pb2 as pb
 from opd_daemon.v1 import worker_pb2_grpc as rpc
+from opd_daemon.wire.comparison import answer_from_proto, error_from_proto, request_to_proto
 from opd_daemon.wire.events import event_from_proto, gauges_from_proto, state_from_proto
 from opd_daemon.wire.runs import run_to_proto
 
@@ -19,13 +21,23 @@ from opd_daemon.wire.runs import run_to_proto
 class WorkerServicer(rpc.WorkerServiceServicer):
     """Thin layer over the run manager, for callers that hold a run's token."""
 
-    def __init__(self, runs: RunManager, events: EventLog) -> None:
+    def __init__(self, runs: RunManager, events: EventLog, comparisons: Comparisons) -> None:
         self._runs = runs
         self._events = events
+        self._comparisons = comparisons
 
     async def GetAssignment(self, request: pb.GetAssignmentRequest, context: Context) -> pb.GetAssignmentResponse:
+        relay = self._comparisons.relay(_own_run())
+        if relay is not None:
+            run, assigned = await self._runs.get(_own_run()), relay.assignment
+            request_message = request_to_proto(assigned.request)
+            return pb.GetAssignmentResponse(
+                run=run_to_proto(run), resume_path=assigned.adapter_path, comparison=request_message
+            )
         run, resume_path = await self._runs.assignment(_own_run())
-        return pb.GetAssignmentResponse(run=run_to_proto(run), resume_path=resume_path)
+        return pb.GetAssignmentResponse(
+            run=run_to_proto(run), resume_path=resume_path, memory_halvings=run.memory_halvings
+        )
 
     async def ReportEvents(
         self, request: AsyncIterator[pb.ReportEventsRequest], context: Context
@@ -38,7 +50,15 @@ class WorkerServicer(rpc.WorkerServiceServicer):
     async def ReportComparison(
         self, request: AsyncIterator[pb.ReportComparisonRequest], context: Context
     ) -> pb.ReportComparisonResponse:
-        raise OpdError(Reason.NOT_IMPLEMENTED, "comparing models is not available in this version")
+        relay = self._comparisons.relay(_own_run())
+        if relay is None:
+            raise OpdError(Reason.RUN_STATE_CONFLICT, f"no comparison of run {_own_run()!r} is going on")
+        async for message in request:
+            if message.HasField("error"):
+                await relay.say(error_from_proto(message.error))
+            else:
+                await relay.say(answer_from_proto(message.response))
+        return pb.ReportComparisonResponse()
 
     async def AcquireLease(
         self, request: pb.AcquireLeaseRequest, context: Context

@@ -7,10 +7,14 @@ import hashlib
 import json
 from typing import Any
 
+from pydantic import ValidationError
+
 from opd_daemon.config import RunConfig, parse_config
+from opd_daemon.distill.registry import check_config as check_divergence
 from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs.attempt import Preflight
+from opd_daemon.trainer import TrainerInfo
 
 # The checks across fields come after those of single ones: one round for each, and one that succeeds.
 ROUNDS = 4
@@ -68,5 +72,17 @@ def _faults(
         trainer = plugins.trainer(config.trainer)
     except OpdError as fault:
         faults.append(FieldViolation("config.trainer", fault.message))
+    faults += check_divergence(config, plugins.divergences, on_policy=_learns_from_itself(config, trainer))
     named = {fault.field for fault in faults}
     return faults + [fault for fault in preflight.check(config, trainer) if fault.field not in named]
+
+
+def _learns_from_itself(config: RunConfig, trainer: TrainerInfo | None) -> bool:
+    """Whether all completions are the student's own; so they are taken to be where trainer or options are faulty."""
+    if trainer is None:
+        return True
+    try:
+        shares = trainer.sources(config, trainer.options.model_validate(config.trainer_options))
+    except ValidationError:
+        return True
+    return all(source == "student" for source, share in shares.items() if share)

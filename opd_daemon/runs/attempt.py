@@ -1,11 +1,14 @@
-"""One attempt at a run: prepare, load the teacher, start the worker, see it through to the end."""
+"""One attempt at a run: prepare, load the teacher, start the worker, see it through to the end.
+
+A worker whose memory ran out is followed by another with smaller micro-batches, from the last checkpoint.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +16,13 @@ from typing import Any, TypeVar
 from opd_daemon.config import RunConfig, parse_config
 from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
 from opd_daemon.events import EventLog
+from opd_daemon.home import Home
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs.ledger import Ledger
-from opd_daemon.runs.states import moved
+from opd_daemon.runs.memory import kills_for_memory, memory_ended
+from opd_daemon.runs.plans import PlanRequest
+from opd_daemon.runs.resumption import Resumption
+from opd_daemon.runs.states import TRANSITIONS, moved
 from opd_daemon.runs.workers import WorkerProcess, Workers, meaning_of_exit
 from opd_daemon.trainer import TrainerInfo
 from opd_daemon.types import Event, EventKind, Plan, Run, RunState
@@ -27,18 +34,19 @@ T = TypeVar("T")
 # A worker that has reported its outcome has nothing left to do.
 GOODBYE_SECONDS = 10.0
 DISK_RETRY_SECONDS = 5.0
+# An eighth of a micro-batch that doesn't fit won't be saved by a sixteenth.
+MOST_HALVINGS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
     """What can be found out about a run before anything loads; both functions block and run off the loop.
 
-    check: every fault of a configuration; that of its options only when the trainer is known. estimate: time and
-    memory, given whether its teacher is resident already.
+    check: every fault of a configuration; that of its options only when the trainer is known. plan: time and memory.
     """
 
     check: Callable[[RunConfig, TrainerInfo | None], list[FieldViolation]]
-    estimate: Callable[[RunConfig, bool], Plan]
+    plan: Callable[[PlanRequest], Plan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,7 @@ class Teaching:
 class RunServices:
     """What runs need of the daemon. `stop_grace` is how long a worker may take to write its checkpoint, in seconds."""
 
+    home: Home
     events: EventLog
     plugins: PluginRegistry
     workers: Workers
@@ -78,6 +87,7 @@ class Attempt:
         self._deadline: float | None = None
         self._shutting_down = False
         self._overdue = False
+        self._memory_ran_out = False
 
     async def carry_out(self) -> None:
         """Do it all; the run is at rest afterwards, whatever happened."""
@@ -107,6 +117,11 @@ class Attempt:
         """The worker has reported its outcome and will go."""
         self._hurry(GOODBYE_SECONDS)
 
+    def memory_ran_out(self) -> None:
+        """The worker has found no memory, has saved what it could, and will go."""
+        self._memory_ran_out = True
+        self._hurry(GOODBYE_SECONDS)
+
     def stopped(self) -> tuple[RunState, str, str]:
         """State, reason and message of a run that stopped when it was asked to."""
         if self._shutting_down:
@@ -120,14 +135,15 @@ class Attempt:
         if violations:
             raise violations_error(violations, Reason.INVALID_RUN_CONFIG)
         resident = self._services.teaching.loaded() == self.config.teacher_model_path
-        plan = await asyncio.to_thread(self._services.preflight.estimate, self.config, resident)
+        request = PlanRequest(self.config, trainer, resident)
+        plan = await asyncio.to_thread(self._services.preflight.plan, request)
         if not resident:
             await self._say(f"loading the teacher {Path(self.config.teacher_model_path).name}")
         await self._unless_stopped(self._services.teaching.ensure(self.config.teacher_model_path))
         await self._enter(RunState.LOADING, plan=plan)
 
-    async def _say(self, text: str) -> None:
-        event = Event(EventKind.LOG, self.run_id, {"level": "info", "text": text}, datetime.now(UTC))
+    async def _say(self, text: str, level: str = "info") -> None:
+        event = Event(EventKind.LOG, self.run_id, {"level": level, "text": text}, datetime.now(UTC))
         await self._services.ledger.report(self.run_id, event)
 
     async def _enter(self, state: RunState, **changes: Any) -> None:
@@ -152,6 +168,12 @@ class Attempt:
             task.cancel()
 
     async def _work(self) -> None:
+        while await self._work_once():
+            pass
+
+    async def _work_once(self) -> bool:
+        """One worker, to its end; whether another one goes on where its memory ran out."""
+        kills = kills_for_memory()
         try:
             worker = await self._services.workers.start(self.run_id)
         except OSError as fault:
@@ -161,7 +183,7 @@ class Attempt:
             record = worker.record()
             await self._services.events.commit(lambda store: store.put_worker(record))
             code = await self._see_through(worker)
-            await self._after_exit(worker, code)
+            return await self._after_exit(worker, code, kills_for_memory() - kills)
         finally:
             await worker.terminate()
             self._services.workers.discharge(worker)
@@ -189,13 +211,47 @@ class Attempt:
     def _seconds_left(self) -> float | None:
         return None if self._deadline is None else max(self._deadline - asyncio.get_running_loop().time(), 0.0)
 
-    async def _after_exit(self, worker: WorkerProcess, code: int) -> None:
-        if self._overdue:
+    async def _after_exit(self, worker: WorkerProcess, code: int, kills: int) -> bool:
+        if self._overdue and not self._memory_ran_out:
             message = "the worker did not stop in time and was ended; resume goes on from the last checkpoint"
             await self._come_to_rest(RunState.INTERRUPTED, Reason.WORKER_DIED, message)
-            return
+            return False
+        limited = self.config.worker_memory_limit_bytes > 0
+        if self._memory_ran_out or memory_ended(code, worker.log.last_words(), limited=limited, kills=kills):
+            return await self._go_on_in_less_memory()
         meaning = meaning_of_exit(code, worker.log.last_line())
         await self._come_to_rest(meaning.state, meaning.reason, meaning.message)
+        return False
+
+    async def _go_on_in_less_memory(self) -> bool:
+        """Halve the micro-batches and go back to the last checkpoint, if that is possible; else the run rests."""
+        run = await self._services.ledger.get(self.run_id)
+        size = max(1, self.config.batch_size >> run.memory_halvings)
+        if size == 1 or run.memory_halvings >= MOST_HALVINGS:
+            await self._come_to_rest(RunState.FAILED, Reason.OUT_OF_MEMORY, _does_not_fit(size))
+            return False
+        resumption = await asyncio.to_thread(Resumption.find, self._services.home.run(self.run_id))
+        step, halvings = resumption.progress.step, run.memory_halvings + 1
+        text = f"memory ran out: going on from step {step} with micro-batches of {size // 2}"
+        self._memory_ran_out = self._overdue = False
+        if not self._stopping.is_set():
+            self._deadline = None
+
+        def decide(run: Run) -> tuple[Run, Event] | None:
+            if self._stopping.is_set() or RunState.LOADING not in TRANSITIONS[run.state]:
+                return None
+            smaller = replace(resumption.rewound(run), memory_halvings=halvings)
+            return moved(smaller, RunState.LOADING, message=text)
+
+        run = await self._services.ledger.change(self.run_id, decide, lambda store: store.rewind(self.run_id, step))
+        if run.memory_halvings != halvings:
+            message = "memory ran out when the run was to stop; resume goes on from the last checkpoint"
+            await self._come_to_rest(RunState.INTERRUPTED, Reason.OUT_OF_MEMORY, message)
+            return False
+        await self._say(text, "warning")
+        # A worker that had everything computed first has unloaded the teacher; the next one begins with it again.
+        await self._unless_stopped(self._services.teaching.ensure(self.config.teacher_model_path))
+        return True
 
     async def _come_to_rest(self, state: RunState, reason: str, message: str) -> None:
         while True:
@@ -211,3 +267,11 @@ class Attempt:
                     raise
                 logger.warning("run %s is %s, but that can't be stored yet: %s", self.run_id, state, fault)
                 await asyncio.sleep(DISK_RETRY_SECONDS)
+
+
+def _does_not_fit(size: int) -> str:
+    sequences = "one sequence" if size == 1 else f"{size} sequences"
+    return (
+        f"memory ran out in a training step with micro-batches of {sequences}; use backward 'layerwise', a smaller "
+        "max_generation_tokens, max_prompt_tokens or lora.rank, or a quantised base, or give the worker more memory"
+    )

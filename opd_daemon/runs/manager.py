@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_daemon.config import parse_config
-from opd_daemon.distill.checkpoints import RunProgress, latest, read_progress
+from opd_daemon.distill.checkpoints import latest
 from opd_daemon.distill.files import write_file
 from opd_daemon.errors import OpdError, Reason, invalid, violations_error
 from opd_daemon.events import EventLog
@@ -23,6 +24,9 @@ from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs.acceptance import checked_config, request_digest
 from opd_daemon.runs.attempt import Preflight, RunServices, Teaching
 from opd_daemon.runs.ledger import Ledger
+from opd_daemon.runs.plans import PlanRequest, does_not_fit
+from opd_daemon.runs.reports import report_files, report_path
+from opd_daemon.runs.resumption import Resumption
 from opd_daemon.runs.scheduler import Scheduler
 from opd_daemon.runs.states import LIVE, conflict, moved, state_event
 from opd_daemon.runs.workers import Workers, end_orphan
@@ -38,6 +42,7 @@ RETAINED_EVENTS = 1_000_000
 Runs = list[Run]
 Payloads = list[dict[str, Any]]
 Checkpoints = list[Checkpoint]
+Paths = list[Path]
 
 
 class RunManager:
@@ -59,7 +64,7 @@ class RunManager:
         stop_grace: float = STOP_GRACE_SECONDS,
     ) -> None:
         ledger = Ledger(events, plugins)
-        services = RunServices(events, plugins, workers, preflight, teaching, stop_grace, ledger)
+        services = RunServices(home, events, plugins, workers, preflight, teaching, stop_grace, ledger)
         self._home = home
         self._events = events
         self._plugins = plugins
@@ -78,14 +83,24 @@ class RunManager:
 
     # Runs
 
-    async def create(self, values: dict[str, Any], *, request_id: str = "", validate_only: bool = False) -> Run:
+    async def create(
+        self,
+        values: dict[str, Any],
+        *,
+        request_id: str = "",
+        validate_only: bool = False,
+        machine: str = "",
+        force: bool = False,
+    ) -> Run:
         """Check, plan and accept a run; `run.plan` says what it will take and what to beware of.
 
         A request that comes again with the same `request_id` answers with the same run. With `validate_only` nothing is
-        kept, and the run has no run_id unless one was given.
+        kept, and the run has no run_id unless one was given; only then may the plan be for another `machine`, and this
+        one is measured if that wasn't done yet and no run is live. `force` accepts a run that won't fit.
 
         Raises:
-            OpdError: INVALID_RUN_CONFIG with every fault, RUN_REFUSED, REQUEST_ID_REUSED, DISK_FULL, SHUTTING_DOWN.
+            OpdError: INVALID_RUN_CONFIG with every fault, RUN_REFUSED, REQUEST_ID_REUSED, DISK_FULL, SHUTTING_DOWN;
+                INVALID_REQUEST for a machine nobody knows; OUT_OF_MEMORY for a run that won't fit.
         """
         self._refuse_when_closing()
         digest = request_digest(values)
@@ -93,17 +108,25 @@ class RunManager:
             earlier = await self._events.read(lambda store: store.run_by_request_id(request_id, digest))
             if earlier is not None:
                 return earlier.run
-            run = await self._planned(values, request_id)
+            run = await self._planned(values, request_id, validate_only, machine)
             if validate_only:
                 return run
+            if run.plan and not run.plan.fits and not force:
+                raise does_not_fit(run.plan)
             return await self._accept(run, digest)
 
-    async def _planned(self, values: dict[str, Any], request_id: str) -> Run:
+    async def _planned(self, values: dict[str, Any], request_id: str, validate_only: bool, machine: str) -> Run:
+        if machine and not validate_only:
+            raise invalid("machine", f"{machine!r}: a run can be planned for another machine only with validate_only")
         taken = await self._events.read(lambda store: store.run_ids())
         taken |= await asyncio.to_thread(self._ids_on_disk)
         config = await checked_config(values, self._plugins, self._preflight, taken)
         resident = self._teaching.loaded() == config.teacher_model_path
-        plan = await asyncio.to_thread(self._preflight.estimate, config, resident)
+        idle = not await self._events.read(lambda store: store.list_runs(LIVE, limit=1))
+        request = PlanRequest(
+            config, self._plugins.trainer(config.trainer), resident, machine, measure=validate_only and idle
+        )
+        plan = await asyncio.to_thread(self._preflight.plan, request)
         run = Run(
             run_id=config.run_id,
             state=RunState.PENDING,
@@ -140,7 +163,7 @@ class RunManager:
 
     async def get(self, run_id: str) -> Run:
         """The run. Raises RUN_NOT_FOUND."""
-        return await self._ledger.get(run_id)
+        return self._with_report(await self._ledger.get(run_id))
 
     async def list(
         self, *, page_size: int = 50, page_token: str = "", states: Collection[RunState] = ()
@@ -155,7 +178,11 @@ class RunManager:
         before = int(page_token) if page_token else None
         found = await self._events.read(lambda store: store.list_runs(states, limit=page_size + 1, before=before))
         page = found[:page_size]
-        return [stored.run for stored in page], str(page[-1].revision) if len(found) > page_size else ""
+        runs = [self._with_report(stored.run) for stored in page]
+        return runs, str(page[-1].revision) if len(found) > page_size else ""
+
+    def _with_report(self, run: Run) -> Run:
+        return replace(run, report_path=report_path(self._home, run))
 
     async def stop(self, run_id: str) -> Run:
         """Ask a run to stop: a PENDING one ends at once, a live one writes a checkpoint first. Twice is once.
@@ -187,23 +214,17 @@ class RunManager:
         run = await self._ledger.get(run_id)
         self._refuse_unless_resumable(run)
         await self._check_again(run)
-        checkpoint = await asyncio.to_thread(latest, self._home.run(run_id).checkpoints)
-        progress = await asyncio.to_thread(read_progress, checkpoint) if checkpoint else RunProgress()
+        resumption = await asyncio.to_thread(Resumption.find, self._home.run(run_id))
+        step = resumption.progress.step
 
         def decide(run: Run) -> tuple[Run, Event]:
             self._refuse_unless_resumable(run)
-            again = replace(
-                run,
-                attempt=run.attempt + 1,
-                step=progress.step,
-                checkpoint_step=progress.step if checkpoint else None,
-                best_step=progress.best_step,
-            )
-            return moved(again, RunState.PENDING, message=f"resumed from step {progress.step}")
+            again = replace(resumption.rewound(run), attempt=run.attempt + 1)
+            return moved(again, RunState.PENDING, message=f"resumed from step {step}")
 
-        run = await self._ledger.change(run_id, decide, lambda store: store.rewind(run_id, progress.step))
+        run = await self._ledger.change(run_id, decide, lambda store: store.rewind(run_id, step))
         self._scheduler.wake()
-        return run, progress.step
+        return run, step
 
     async def _check_again(self, run: Run) -> None:
         config = parse_config(run.config)
@@ -228,10 +249,28 @@ class RunManager:
                 raise conflict(run, "can't be deleted; stop it first")
             store.delete_run(run_id)
 
+        if self._scheduler.holder == run_id:
+            message = f"run {run_id!r}: its models are being compared; wait until that is done"
+            raise OpdError(Reason.RUN_STATE_CONFLICT, message, run_id=run_id)
         if (await self.get(run_id)).state.resting:
             await self._scheduler.wait(run_id)
         await self._events.commit(action)
         await asyncio.to_thread(_remove_files, self._home, run_id)
+
+    @asynccontextmanager
+    async def alone(self, run_id: str) -> AsyncIterator[None]:
+        """Keep the machine's place for heavy work for something else with this run: no run starts meanwhile.
+
+        Raises:
+            OpdError: RUN_STATE_CONFLICT while it is taken; SHUTTING_DOWN.
+        """
+        self._refuse_when_closing()
+        for other in self._scheduler.busy():
+            # A worker that has reported its outcome is about to go.
+            if (await self._ledger.get(other)).state.resting:
+                await self._scheduler.wait(other)
+        with self._scheduler.held(run_id):
+            yield
 
     # What belongs to a run
 
@@ -259,6 +298,11 @@ class RunManager:
         found = await self._events.read(lambda store: store.checkpoints(run_id))
         return await asyncio.to_thread(lambda: [entry for entry in found if Path(entry.path).is_dir()])
 
+    async def report_files(self, run_id: str) -> Paths:
+        """The report's page and its pictures. Raises as `reports.report_files`, and RUN_NOT_FOUND."""
+        run = await self._ledger.get(run_id)
+        return await asyncio.to_thread(report_files, self._home, run)
+
     # What workers say
 
     def run_for_token(self, token: str) -> str | None:
@@ -284,12 +328,15 @@ class RunManager:
     async def finish(
         self, run_id: str, state: RunState, *, error_reason: str = "", error_message: str = "", adapter_path: str = ""
     ) -> Run:
-        """The worker's outcome.
+        """The worker's outcome. INTERRUPTED by OUT_OF_MEMORY is no end yet: the attempt may go on in less memory.
 
         Raises:
             OpdError: RUN_STATE_CONFLICT when the run can't end so.
         """
         attempt = self._scheduler.attempt(run_id)
+        if attempt and (state, error_reason) == (RunState.INTERRUPTED, Reason.OUT_OF_MEMORY):
+            attempt.memory_ran_out()
+            return await self._ledger.get(run_id)
         if attempt and state is RunState.STOPPED:
             state, error_reason, error_message = attempt.stopped()
         changes = {"adapter_path": adapter_path} if adapter_path else {}
@@ -326,6 +373,8 @@ class RunManager:
 
 def _remove_files(home: Home, run_id: str) -> None:
     folders = home.run(run_id)
-    shutil.rmtree(folders.checkpoints, ignore_errors=True)
-    for path in (folders.config, folders.rollouts, folders.train_metrics, folders.eval_metrics, folders.worker_log):
+    for folder in (folders.checkpoints, folders.pictures):
+        shutil.rmtree(folder, ignore_errors=True)
+    metrics = (folders.train_metrics, folders.eval_metrics, folders.token_tables, folders.samples)
+    for path in (folders.config, folders.rollouts, *metrics, folders.report, folders.worker_log):
         path.unlink(missing_ok=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from opd_daemon.errors import OpdError, Reason
 from opd_daemon.runs.attempt import Attempt, RunServices
 from opd_daemon.runs.states import LIVE, moved
 from opd_daemon.types import Run, RunState
@@ -20,6 +23,7 @@ class Scheduler:
         self._max_concurrent_runs = max_concurrent_runs
         self._attempts: dict[str, tuple[Attempt, asyncio.Task[None]]] = {}
         self._woken = asyncio.Event()
+        self._holder = ""
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -33,6 +37,36 @@ class Scheduler:
     def attempt(self, run_id: str) -> Attempt | None:
         """The attempt at a run that is going on, if any; it lasts until the worker process is gone."""
         return self._attempts[run_id][0] if run_id in self._attempts else None
+
+    def busy(self) -> list[str]:
+        """Runs at which an attempt is going on."""
+        return list(self._attempts)
+
+    @property
+    def holder(self) -> str:
+        """The run for whose sake no attempt is started now; empty when none is."""
+        return self._holder
+
+    @contextmanager
+    def held(self, run_id: str) -> Iterator[None]:
+        """Start nothing meanwhile, for the sake of a run that rests.
+
+        Raises:
+            OpdError: RUN_STATE_CONFLICT while an attempt is going on, or the place is held already.
+        """
+        if self._attempts:
+            other = next(iter(self._attempts))
+            message = f"run {other!r} is under way; stop it, or wait until it is done"
+            raise OpdError(Reason.RUN_STATE_CONFLICT, message, run_id=other)
+        if self._holder:
+            message = f"models of run {self._holder!r} are being compared; wait until that is done"
+            raise OpdError(Reason.RUN_STATE_CONFLICT, message, run_id=self._holder)
+        self._holder = run_id
+        try:
+            yield
+        finally:
+            self._holder = ""
+            self.wake()
 
     async def wait(self, run_id: str) -> None:
         """Wait until no attempt at this run is going on."""
@@ -69,7 +103,7 @@ class Scheduler:
             lambda store: store.list_runs({RunState.PENDING}, limit=-1, oldest_first=True)
         )
         for stored in pending:
-            if len(self._attempts) >= self._max_concurrent_runs:
+            if self._holder or len(self._attempts) >= self._max_concurrent_runs:
                 return
             if stored.run.run_id in self._attempts:
                 continue

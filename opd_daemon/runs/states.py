@@ -12,8 +12,9 @@ S = RunState
 TRANSITIONS: dict[RunState, frozenset[RunState]] = {
     S.PENDING: frozenset({S.PLANNING, S.STOPPED}),
     S.PLANNING: frozenset({S.LOADING, S.STOPPING, S.STOPPED, S.FAILED, S.INTERRUPTED}),
-    S.LOADING: frozenset({S.RUNNING, S.STOPPING, *RESTING}),
-    S.RUNNING: frozenset({S.STOPPING, *RESTING}),
+    # To LOADING once more: memory ran out, and another worker goes on with smaller micro-batches.
+    S.LOADING: frozenset({S.LOADING, S.RUNNING, S.STOPPING, *RESTING}),
+    S.RUNNING: frozenset({S.LOADING, S.STOPPING, *RESTING}),
     # A stop may come when the last step is being made: then the run has succeeded.
     S.STOPPING: frozenset(RESTING),
     S.STOPPED: frozenset({S.PENDING}),

@@ -22,6 +22,7 @@ class WorkerLog:
         self.path = path
         # Appending is what lets the file be cut while another process writes to it.
         self._file = path.open("ab", buffering=0)
+        self._start = os.fstat(self.fileno()).st_size
 
     def fileno(self) -> int:
         """The descriptor for the worker's output."""
@@ -33,11 +34,17 @@ class WorkerLog:
             tail = self._tail(KEPT_BYTES)
             self._file.truncate(0)
             self._file.write(CUT + tail)
+            self._start = 0
 
     def last_line(self) -> str:
         """The last line that says something; empty when there is none."""
         lines = self._tail(LINE_BYTES).decode(errors="replace").splitlines()
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+    def last_words(self) -> str:
+        """The last few lines since this log was opened."""
+        said = os.fstat(self.fileno()).st_size - self._start
+        return self._tail(min(said, LINE_BYTES)).decode(errors="replace") if said > 0 else ""
 
     def close(self) -> None:
         """Close the daemon's end."""

@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ import grpc
 from opd_daemon.client import Client, RemoteTeacher
 from opd_daemon.config import parse_config
 from opd_daemon.errors import OpdError, Reason
-from opd_daemon.home import Home
+from opd_daemon.home import Home, RunFolders
 from opd_daemon.plugins import PluginRegistry
+from opd_daemon.runs.memory import limit_process_memory
 from opd_daemon.types import Event, EventKind, Gauges, Run, RunState
 from opd_daemon.v1 import run_pb2, worker_pb2, worker_pb2_grpc
 from opd_daemon.wire.errors import from_rpc_error
@@ -63,10 +65,9 @@ class StreamReporter:
         self._run_id = run_id
         self._stop = stop
         self._queue: queue.Queue[worker_pb2.ReportEventsRequest | None] = queue.Queue(QUEUED_EVENTS)
-        stub = worker_pb2_grpc.WorkerServiceStub(client.channel)
-        self._call = stub.ReportEvents.future(self._messages())
-        self._call.add_done_callback(self._ended)
+        self._stub = worker_pb2_grpc.WorkerServiceStub(client.channel)
         self._broken = threading.Event()
+        self._call = self._open()
 
     def event(self, kind: EventKind, payload: dict[str, Any]) -> None:
         """Queue a durable event; blocks while the daemon is behind."""
@@ -83,6 +84,15 @@ class StreamReporter:
         """Tell that the student is loaded and training begins."""
         self._send(worker_pb2.ReportEventsRequest(running=True))
 
+    def settle(self) -> None:
+        """Return once the daemon has stored everything so far; where it takes no more, the run stops anyway."""
+        self._send(None)
+        try:
+            self._call.result()
+        except grpc.RpcError:
+            return
+        self._call = self._open()
+
     def finish(self, state: RunState, error: OpdError | None = None, adapter_path: str = "") -> None:
         """Send the outcome and wait until everything is stored."""
         outcome = worker_pb2.RunOutcome(state=state_to_proto(state), adapter_path=adapter_path)
@@ -95,7 +105,12 @@ class StreamReporter:
         except grpc.RpcError as broken:
             raise from_rpc_error(broken) from None
 
-    def _send(self, message: worker_pb2.ReportEventsRequest) -> None:
+    def _open(self) -> grpc.Future[worker_pb2.ReportEventsResponse]:
+        call = self._stub.ReportEvents.future(self._messages())
+        call.add_done_callback(self._ended)
+        return call
+
+    def _send(self, message: worker_pb2.ReportEventsRequest | None) -> None:
         while not self._broken.is_set():
             try:
                 self._queue.put(message, timeout=1.0)
@@ -115,8 +130,8 @@ class StreamReporter:
             yield message
 
     def _ended(self, call: grpc.Future[worker_pb2.ReportEventsResponse]) -> None:
-        self._broken.set()
         if call.exception() is not None:
+            self._broken.set()
             self._stop.ask("the daemon takes no more events")
 
 
@@ -137,7 +152,7 @@ def main() -> int:
         state, adapter_path = _do(client, run_id, reporter, stop)
     except BaseException as error:  # noqa: BLE001 - also a plugin's sys.exit is an outcome
         traceback.print_exc()
-        reporter.finish(RunState.FAILED, _as_opd_error(error))
+        reporter.finish(*_outcome(error))
         return 0
     reporter.finish(state, adapter_path=adapter_path)
     return 0
@@ -145,9 +160,12 @@ def main() -> int:
 
 def _do(client: Client, run_id: str, reporter: StreamReporter, stop: Stop) -> tuple[RunState, str]:
     """Load, train, save; the resting state and the folder of the final adapter."""
-    run, resume_path = _assignment(client)
+    assignment = assigned(client)
+    run = run_from_proto(assignment.run)
     config = parse_config(run.config)
-    trainer = PluginRegistry.discover().trainer(config.trainer)
+    limit_process_memory(config.worker_memory_limit_bytes)
+    plugins = PluginRegistry.discover()
+    trainer = plugins.trainer(config.trainer)
 
     from opd_daemon.distill.session import run_trainer  # imports mlx: only once the assignment is sound
 
@@ -160,19 +178,33 @@ def _do(client: Client, run_id: str, reporter: StreamReporter, stop: Stop) -> tu
         teacher=RemoteTeacher(client, use_cache=config.use_cache, should_stop=stop),
         reporter=reporter,
         should_stop=stop,
-        resume_from=Path(resume_path) if resume_path else None,
+        resume_from=Path(assignment.resume_path) if assignment.resume_path else None,
+        memory_halvings=assignment.memory_halvings,
+        divergences=plugins.divergences,
     )
     if not complete:
         return RunState.STOPPED, ""
-    return RunState.SUCCEEDED, config.output_adapter_path or str(folders.checkpoints / "final")
+    adapter_path = config.output_adapter_path or str(folders.checkpoints / "final")
+    write_report_of(replace(run, adapter_path=adapter_path), folders)
+    return RunState.SUCCEEDED, adapter_path
 
 
-def _assignment(client: Client) -> tuple[Run, str]:
+def write_report_of(run: Run, folders: RunFolders) -> None:
+    """Write the report of a run that is complete. One that can't be written is no reason for the run to fail."""
     try:
-        response = worker_pb2_grpc.WorkerServiceStub(client.channel).GetAssignment(worker_pb2.GetAssignmentRequest())
+        from opd_daemon.distill.report import write_report  # imports matplotlib
+
+        write_report(replace(run, state=RunState.SUCCEEDED, finished_at=datetime.now(UTC)), folders)
+    except Exception:
+        log.exception("no report was written; 'opd report %s' tries again", run.run_id)
+
+
+def assigned(client: Client) -> worker_pb2.GetAssignmentResponse:
+    """What the daemon wants of this worker."""
+    try:
+        return worker_pb2_grpc.WorkerServiceStub(client.channel).GetAssignment(worker_pb2.GetAssignmentRequest())
     except grpc.RpcError as error:
         raise from_rpc_error(error) from None
-    return run_from_proto(response.run), response.resume_path
 
 
 def _watch_for_stop(client: Client, run_id: str, stop: Stop) -> None:
@@ -197,6 +229,13 @@ def _leave_with_the_daemon(stop: Stop) -> None:
 
 def _in_background(target: Any, *arguments: Any) -> None:
     threading.Thread(target=target, args=arguments, daemon=True).start()
+
+
+def _outcome(error: BaseException) -> tuple[RunState, OpdError]:
+    """How a run ends by an error: where this process found no memory, its daemon may start another in less."""
+    named = _as_opd_error(error)
+    own = named.reason is Reason.OUT_OF_MEMORY and named.metadata.get("process") == "worker"
+    return RunState.INTERRUPTED if own else RunState.FAILED, named
 
 
 def _as_opd_error(error: BaseException) -> OpdError:

@@ -63,6 +63,8 @@ class WorkerProcess:
         signal_group(self.pid, signal.SIGKILL)
         if self._process.stdin:
             self._process.stdin.close()
+            with contextlib.suppress(ConnectionError):
+                await self._process.stdin.wait_closed()
         return self._ended.result()
 
     async def terminate(self) -> None:
@@ -85,8 +87,8 @@ class Workers:
         self._command = tuple(command)
         self._run_of_token: dict[str, str] = {}
 
-    async def start(self, run_id: str) -> WorkerProcess:
-        """Start the worker of a run.
+    async def start(self, run_id: str, command: Sequence[str] = ()) -> WorkerProcess:
+        """Start the worker of a run; `command` starts one that does something else with it.
 
         Raises:
             OSError: the process can't be started or its log can't be written.
@@ -95,7 +97,7 @@ class Workers:
         log = WorkerLog(self._home.run(run_id).worker_log)
         try:
             process = await asyncio.create_subprocess_exec(
-                *self._command,
+                *(command or self._command),
                 "--run",
                 run_id,
                 stdin=asyncio.subprocess.PIPE,
@@ -128,7 +130,8 @@ def meaning_of_exit(code: int, last_line: str) -> Exit:
     """What it means that a worker ended with `code` without having reported an outcome."""
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        guess = " (out of memory?)" if -code == signal.SIGKILL else ""
+        # Linux counts what it kills for lack of memory, and it didn't count this one.
+        guess = " (out of memory?)" if -code == signal.SIGKILL and sys.platform != "linux" else ""
         message = f"the worker was killed by {name}{guess}; resume goes on from the last checkpoint"
         return Exit(RunState.INTERRUPTED, Reason.WORKER_DIED, message)
     said = f": {last_line}" if last_line else " and printed nothing"

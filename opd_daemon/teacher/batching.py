@@ -9,12 +9,15 @@ from itertools import islice
 from typing import Generic, TypeVar
 
 from opd_daemon.errors import OpdError
+from opd_daemon.teacher.sharing import WORTH, common_prefix, saving
 from opd_daemon.types import GeneratedToken, GenerateRequest, ScoreRequest, Scores
 
 # Sequences this close in length share a batch; short ones don't waste much whatever they are padded to.
 LENGTH_SPREAD = 0.25
 LENGTH_SLACK = 32
 SCANNED_ITEMS = 512
+# A shorter beginning is not looked for.
+LEAST_PREFIX = 8
 
 
 @dataclass(eq=False, slots=True)
@@ -109,11 +112,20 @@ class FairQueue(Generic[Item]):
         return items
 
 
-def next_batch(queue: FairQueue[ScoreItem], token_budget: int) -> list[ScoreItem]:
-    """The item that is due and others of about its length, padded together within `token_budget`."""
+def next_batch(queue: FairQueue[ScoreItem], token_budget: int, *, shares: bool) -> list[ScoreItem]:
+    """The item that is due and others that go well with it, at most `token_budget` tokens in one forward pass.
+
+    shares: whether the model can compute what they all begin with once; then those that save most of the work that way
+    come together. Else they are of about one length, as they are padded to it.
+    """
+    items = list(islice(queue.in_turn(), SCANNED_ITEMS))
+    return (_sharing(items, token_budget) if shares else []) or _alike(items, token_budget)
+
+
+def _alike(items: list[ScoreItem], token_budget: int) -> list[ScoreItem]:
     batch: list[ScoreItem] = []
     longest = 0
-    for item in islice(queue.in_turn(), SCANNED_ITEMS):
+    for item in items:
         size = item.tokens
         if batch and abs(size - batch[0].tokens) > max(LENGTH_SLACK, LENGTH_SPREAD * batch[0].tokens):
             continue
@@ -122,6 +134,31 @@ def next_batch(queue: FairQueue[ScoreItem], token_budget: int) -> list[ScoreItem
         batch.append(item)
         longest = max(longest, size)
     return batch
+
+
+def _sharing(items: list[ScoreItem], token_budget: int) -> list[ScoreItem]:
+    """The due item and those with whose beginning it saves most; empty where none saves enough."""
+    due = items[:1]
+    common = [common_prefix(due[0].request.token_ids, item.request.token_ids) for item in items[1:]]
+    best: list[ScoreItem] = []
+    most = WORTH
+    for prefix in {length for length in common if length >= LEAST_PREFIX}:
+        others = [item for item, length in zip(items[1:], common, strict=True) if length >= prefix]
+        batch = due + _within(others, prefix, token_budget - (due[0].tokens - prefix))
+        saved = saving(prefix, [item.tokens for item in batch])
+        if saved >= most:
+            best, most = batch, saved
+    return best
+
+
+def _within(items: list[ScoreItem], prefix: int, tokens: int) -> list[ScoreItem]:
+    """Those that fit one after another into `tokens`, their common prefix not counted."""
+    chosen = []
+    for item in items:
+        if item.tokens - prefix <= tokens:
+            chosen.append(item)
+            tokens -= item.tokens - prefix
+    return chosen
 
 
 @dataclass(eq=False, slots=True)

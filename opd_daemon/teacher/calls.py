@@ -41,6 +41,22 @@ class Desk:
     files: Executor
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Who asks whom: the teacher of `info`, which need not be in memory; `absent` says why not (missing, total)."""
+
+    desk: Desk
+    info: TeacherInfo
+    absent: Callable[[int, int], OpdError]
+    client: str
+    use_cache: bool
+
+    def require_teacher(self, missing: int, total: int) -> None:
+        """Make sure that what the cache lacks can be computed. Raises TEACHER_NOT_LOADED or TEACHER_CHANGED."""
+        if missing and self.desk.engine.digest != self.info.digest:
+            raise self.absent(missing, total)
+
+
 class Lookup(Generic[Request, Answer]):
     """The part of a call that the cache may answer. An empty address is neither looked up nor counted."""
 
@@ -81,15 +97,10 @@ class Lookup(Generic[Request, Answer]):
 
 
 async def scores(
-    desk: Desk,
-    info: TeacherInfo,
-    requests: Sequence[ScoreRequest],
-    *,
-    client: str,
-    use_cache: bool,
-    deadline: float | None,
+    call: Call, requests: Sequence[ScoreRequest], *, deadline: float | None
 ) -> AsyncGenerator[tuple[int, CachedScores], None]:
     """Scores of valid requests, each with its index, as they are ready."""
+    desk, info = call.desk, call.info
     lookup = Lookup(desk, requests, entry_scores)
     mailbox: Mailbox[tuple[int, Scores | OpdError, float]] = Mailbox()
     items: list[ScoreItem] = []
@@ -101,12 +112,14 @@ async def scores(
         mailbox.post((index, result, milliseconds))
 
     def compute(indices: Sequence[int]) -> None:
-        new = [ScoreItem(requests[index], client, partial(deliver, index), deadline) for index in indices]
-        desk.engine.score(info.digest, new)
-        items.extend(new)
+        call.require_teacher(len(indices), len(requests))
+        new = [ScoreItem(requests[index], call.client, partial(deliver, index), deadline) for index in indices]
+        if new:
+            desk.engine.score(info.digest, new)
+            items.extend(new)
 
     try:
-        if use_cache:
+        if call.use_cache:
             await lookup.find(partial(score_key, info))
         compute(lookup.missing)
         async for index, hit in lookup.read():
@@ -126,21 +139,23 @@ async def scores(
 class Completions:
     """The prompts of one call that the engine continues; finished repeatable completions go into the cache."""
 
-    def __init__(self, desk: Desk, digest: str, lookup: Lookup[GenerateRequest, Any], client: str) -> None:
-        self._desk = desk
-        self._digest = digest
+    def __init__(self, call: Call, lookup: Lookup[GenerateRequest, Any]) -> None:
+        self._call = call
+        self._desk = call.desk
         self._requests = lookup.requests
         self._addresses = lookup.addresses
-        self._client = client
         self._mailbox: Mailbox[tuple[int, GeneratedToken | OpdError]] = Mailbox()
         self._running: dict[int, GenerationItem] = {}
         self._tokens: dict[int, list[GeneratedToken]] = {}
 
     def start(self, indices: Sequence[int]) -> None:
-        """Queue some of the requests. Raises QUEUE_FULL."""
-        new = {index: GenerationItem(self._requests[index], self._client, self._receiver(index)) for index in indices}
-        self._desk.engine.generate(self._digest, list(new.values()))
-        self._running |= new
+        """Queue some of the requests. Raises QUEUE_FULL, or why there is no teacher to do it."""
+        self._call.require_teacher(len(indices), len(self._requests))
+        client = self._call.client
+        new = {index: GenerationItem(self._requests[index], client, self._receiver(index)) for index in indices}
+        if new:
+            self._desk.engine.generate(self._call.info.digest, list(new.values()))
+            self._running |= new
 
     async def tokens(self) -> AsyncGenerator[tuple[int, GeneratedToken], None]:
         """Every token of what was started, as it comes."""
@@ -166,13 +181,14 @@ class Completions:
 
 
 async def completions(
-    desk: Desk, info: TeacherInfo, requests: Sequence[GenerateRequest], *, client: str, use_cache: bool
+    call: Call, requests: Sequence[GenerateRequest]
 ) -> AsyncGenerator[tuple[int, GeneratedToken], None]:
     """Tokens of valid requests, each with its request's index, as they come."""
-    lookup = Lookup(desk, requests, entry_tokens)
-    if use_cache:
+    info = call.info
+    lookup = Lookup(call.desk, requests, entry_tokens)
+    if call.use_cache:
         await lookup.find(lambda request: generation_key(info, request) if repeatable(request) else "")
-    running = Completions(desk, info.digest, lookup, client)
+    running = Completions(call, lookup)
     try:
         running.start(lookup.missing)
         async for index, hit in lookup.read():

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-from opd_daemon.teacher.folder import ModelFolder, read_json
-
-logger = logging.getLogger(__name__)
+from opd_daemon.models.folder import ModelFolder
+from opd_daemon.teacher.memo import Memo
 
 READ_BYTES = 8 << 20
 
@@ -20,9 +16,7 @@ class DigestMemo:
     """File digests by path, size, times and inode, in one JSON file."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file
-        content = read_json(file, {})
-        self._known: dict[str, list[object]] = content if isinstance(content, dict) else {}
+        self._memo = Memo(file)
 
     def digest(self, model: ModelFolder, report: Callable[[float], None]) -> str:
         """sha256 over config.json and the content of every shard; `report` gets the fraction done."""
@@ -35,30 +29,18 @@ class DigestMemo:
             whole.update(f"{file.name}\0{value}\n".encode())
             done += file.stat().st_size
             report(done / total)
-        try:
-            self._save()
-        except OSError as error:
-            logger.warning("digests are not remembered (%s); the next load computes them again", error.strerror)
+        self._memo.save()
         return whole.hexdigest()
 
     def _of_file(self, file: Path, report: Callable[[int], None]) -> str:
         stat = file.stat()
         stamp: list[object] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        known = self._known.get(str(file))
+        known = self._memo.entries.get(str(file))
         if isinstance(known, list) and known[:-1] == stamp:
             return str(known[-1])
         value = _sha256(file, report)
-        self._known[str(file)] = [*stamp, value]
+        self._memo.entries[str(file)] = [*stamp, value]
         return value
-
-    def _save(self) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._file.with_name(f"{self._file.name}.{os.getpid()}.tmp")
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(self._known, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self._file)
 
 
 def _sha256(file: Path, report: Callable[[int], None]) -> str:

@@ -117,6 +117,11 @@ class Engine:
                     self._generations.discard(item)
 
     @property
+    def digest(self) -> str:
+        """Digest of the model that work is taken for; empty without one."""
+        return self._digest
+
+    @property
     def queued_tokens(self) -> int:
         """Tokens that wait."""
         return self._scores.tokens + self._generations.tokens
@@ -213,7 +218,8 @@ class Engine:
                 expired = [item for item in self._scores.in_turn() if item.expired]
                 self._scores.take(expired)
                 _refuse_expired(expired)
-                items = next_batch(self._scores, self._token_budget)
+                shares = self._loaded is not None and self._loaded.shares_prefixes
+                items = next_batch(self._scores, self._token_budget, shares=shares)
                 self._scores.take(items)
         if not items or self._loaded is None:
             return None

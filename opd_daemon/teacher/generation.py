@@ -44,7 +44,7 @@ class Generation:
     @cached_property
     def _batches(self) -> Any:
         return mlxlm.module("generate").BatchGenerator(
-            _RealVocabulary(self._loaded),
+            RealVocabulary(self._loaded),
             completion_batch_size=DECODING_SEQUENCES,
             prefill_batch_size=PREFILL_SEQUENCES,
             prefill_step_size=self._piece,
@@ -122,7 +122,7 @@ class Generation:
             del self._active[uid]
 
 
-class _RealVocabulary:
+class RealVocabulary:
     """The model as BatchGenerator sees it: float32 logits, of ids that are tokens, everything else unchanged."""
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -130,6 +130,7 @@ class _RealVocabulary:
         self._size = loaded.vocab_size
 
     def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+        """Logits (B, T, V) of tokens (B, T)."""
         output = self._model(tokens, cache=cache)
         logits: mx.array = output if isinstance(output, mx.array) else output.logits
         return logits[..., : self._size].astype(mx.float32)

@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from opd_daemon.errors import OpdError
+from opd_daemon.models.folder import ModelFolder
 from opd_daemon.teacher.digest import DigestMemo
 from opd_daemon.teacher.engine import Engine
-from opd_daemon.teacher.folder import ModelFolder, load_failed, open_folder
+from opd_daemon.teacher.folder import load_failed, open_folder
+from opd_daemon.teacher.known import KnownTeachers
 from opd_daemon.teacher.loading import LoadedModel, check_architecture, check_memory, load, warm
 from opd_daemon.teacher.tokenizer import TextTokenizer
 from opd_daemon.types import LoadProgress, TeacherInfo
@@ -50,9 +52,10 @@ class Progress:
 class Loader:
     """Exchanges the engine's model. `resident` is the teacher that answers, `failure` why there is none."""
 
-    def __init__(self, engine: Engine, digests: DigestMemo, files: Executor) -> None:
+    def __init__(self, engine: Engine, digests: DigestMemo, known: KnownTeachers, files: Executor) -> None:
         self._engine = engine
         self._digests = digests
+        self._known = known
         self._files = files
         self.resident: Resident | None = None
         self.failure: OpdError | None = None
@@ -92,7 +95,9 @@ class Loader:
         self.resident = None
         loading = partial(_load_all, folder, vocab_size, report)
         loaded, tokenizer = await asyncio.wrap_future(self._engine.replace(digest, folder.eos_token_ids, loading))
-        return Resident(_describe(folder, loaded, digest, tokenizer_digest), tokenizer)
+        info = _describe(folder, loaded, digest, tokenizer_digest)
+        await loop.run_in_executor(self._files, self._known.remember, info)
+        return Resident(info, tokenizer)
 
 
 def _vocabulary(path: Path) -> tuple[int, str]:
@@ -128,7 +133,7 @@ def _describe(folder: ModelFolder, loaded: LoadedModel, digest: str, tokenizer_d
         max_context=folder.max_context,
         weight_bytes=folder.weight_bytes,
         dtype=str(parts.dtype).removeprefix("mlx.core."),
-        quantization_bits=folder.quantization_bits,
+        quantization_bits=folder.bits,
         supports_hidden=not parts.refusal,
         hidden_refusal=parts.refusal,
         eos_token_ids=folder.eos_token_ids,

@@ -13,10 +13,13 @@ import psutil
 from mlx.utils import tree_flatten
 
 from opd_daemon.errors import OpdError, Reason
+from opd_daemon.models.folder import ModelFolder
+from opd_daemon.models.host import use_host_activations
+from opd_daemon.models.split import SplitModel, split
 from opd_daemon.teacher import mlxlm
-from opd_daemon.teacher.folder import ModelFolder, load_failed
-from opd_daemon.teacher.head import SplitModel, split
+from opd_daemon.teacher.folder import load_failed
 from opd_daemon.teacher.scoring import score_batch
+from opd_daemon.teacher.sharing import can_share
 from opd_daemon.types import ScoreRequest, ScoreWants
 
 # Activations, KV cache and the allocator's own pool beside the weights.
@@ -26,12 +29,16 @@ OUT_OF_MEMORY_SIGNS = ("malloc", "alloc", "out of memory", "insufficient memory"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A frozen model in memory. `vocab_size` is the tokenizer's, at most the logits' width."""
+    """A frozen model in memory. `vocab_size` is the tokenizer's, at most the logits' width.
+
+    shares_prefixes: whether what sequences begin with may be computed once for all of them.
+    """
 
     model: Any
     parts: SplitModel
     vocab_size: int
     weight_bytes: int
+    shares_prefixes: bool
 
 
 def check_architecture(folder: ModelFolder) -> None:
@@ -71,14 +78,16 @@ def load(folder: ModelFolder, vocab_size: int, report: Callable[[float], None]) 
         _evaluate(model, report)
         model.freeze()
         model.eval()
+        use_host_activations(model)
         parts = split(model, vocab_size)
+        shares = can_share(model, parts, vocab_size)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise out_of_memory(folder.name) from error
         raise load_failed(folder.name, _cause(error)) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise load_failed(folder.name, f"the weights don't fit config.json: {_cause(error)}") from error
-    return LoadedModel(model, parts, min(vocab_size, parts.width), folder.weight_bytes)
+    return LoadedModel(model, parts, min(vocab_size, parts.width), folder.weight_bytes, shares)
 
 
 def warm(loaded: LoadedModel) -> None:

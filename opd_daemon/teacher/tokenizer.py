@@ -25,6 +25,11 @@ class TextTokenizer:
         # The Rust tokenizers refuse to be borrowed twice.
         self._lock = threading.Lock()
 
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self._tokenizer.has_chat_template)
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of plain text, with the special tokens the tokenizer adds by itself."""
         with self._lock:
@@ -32,7 +37,7 @@ class TextTokenizer:
 
     def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> tuple[int, ...]:
         """Ids of a chat under the model's template. Raises INVALID_REQUEST where that can't be done."""
-        if not self._tokenizer.has_chat_template:
+        if not self.has_template:
             raise invalid("messages", f"{self._name} has no chat template; send text or token ids")
         try:
             with self._lock:

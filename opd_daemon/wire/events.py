@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -39,14 +39,20 @@ def state_from_proto(value: pb.RunState.ValueType) -> RunState | None:
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """Every singular scalar field of a message by name; absent optional fields are None."""
+    """Every field of a message by name: nested messages as dictionaries, lists and maps as such, absent fields None."""
     values: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
-        if field.message_type is not None:
-            continue
         absent = field.has_presence and not message.HasField(field.name)
-        values[field.name] = None if absent else getattr(message, field.name)
+        values[field.name] = None if absent else _plain_value(getattr(message, field.name))
     return values
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Message):
+        return plain(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value if isinstance(value, str | bytes | int | float) else [_plain_value(entry) for entry in value]
 
 
 def known_fields(message: type[Message], values: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +73,13 @@ def metrics_from_proto(message: pb.StepMetrics) -> dict[str, Any]:
 
 def evaluation_to_proto(values: dict[str, Any]) -> pb.EvaluationMetrics:
     """An EVALUATION payload as a message."""
-    return pb.EvaluationMetrics(**known_fields(pb.EvaluationMetrics, values))
+    compared = {name: _comparison_to_proto(values[name]) for name in ("on_teacher", "on_student") if values.get(name)}
+    return pb.EvaluationMetrics(**known_fields(pb.EvaluationMetrics, {**values, **compared}))
+
+
+def _comparison_to_proto(values: dict[str, Any]) -> pb.Comparison:
+    quartiles = [_comparison_to_proto(quartile) for quartile in values.get("quartiles", ())]
+    return pb.Comparison(**known_fields(pb.Comparison, {**values, "quartiles": quartiles}))
 
 
 def evaluation_from_proto(message: pb.EvaluationMetrics) -> dict[str, Any]:

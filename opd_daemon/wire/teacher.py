@@ -315,6 +315,19 @@ def tokens_from_block(block: pb.GeneratedBlock) -> list[GeneratedToken]:
     ]
 
 
+def head_facts(head: TeacherHead, info: TeacherInfo) -> pb.HeadFacts:
+    """What is known of a head before its tensors."""
+    return pb.HeadFacts(
+        padded_vocab_size=info.padded_vocab_size,
+        hidden_size=info.hidden_size,
+        group_size=head.group_size,
+        bits=head.bits,
+        mode=head.mode,
+        logit_scale=head.logit_scale,
+        soft_cap=head.soft_cap,
+    )
+
+
 def head_pieces(head: TeacherHead) -> Iterator[pb.HeadPiece]:
     """The tensors of a head, one after another, in pieces of `BLOCK_BYTES`."""
     for name, tensor in head.tensors.items():
@@ -335,7 +348,8 @@ def head_from_pieces(facts: pb.HeadFacts, pieces: Iterator[pb.HeadPiece]) -> Tea
             buffers[piece.name] = np.empty(tuple(piece.shape), dtype=_DTYPES[dtypes[piece.name]][1])
         target = buffers[piece.name].reshape(-1).view(np.uint8)
         target[piece.offset : piece.offset + len(piece.data)] = np.frombuffer(piece.data, dtype=np.uint8)
-    return TeacherHead(buffers, dtypes, facts.group_size, facts.bits, facts.mode or "affine")
+    finish = {"logit_scale": facts.logit_scale or 1.0, "soft_cap": facts.soft_cap}
+    return TeacherHead(buffers, dtypes, facts.group_size, facts.bits, facts.mode or "affine", **finish)
 
 
 def cache_stats_to_proto(stats: CacheStats) -> pb.CacheStats:

@@ -12,7 +12,7 @@ from rich.console import Console
 from opd_daemon.cli.live import LiveView, change, frame, measures
 from opd_daemon.cli.plain import PlainView, event_line
 from opd_daemon.cli.progress import RunProgress
-from opd_daemon.types import EvaluationMetrics, Event, EventKind, Gauges, Plan, Run, RunState, StepMetrics
+from opd_daemon.types import Comparison, EvaluationMetrics, Event, EventKind, Gauges, Plan, Run, RunState, StepMetrics
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 RUN = Run(
@@ -33,9 +33,16 @@ def metrics(step: int, **values: float) -> dict[str, Any]:
     )
 
 
-def evaluation(step: int, **values: float) -> dict[str, Any]:
-    fields = dict.fromkeys(EvaluationMetrics.__dataclass_fields__, 1.0)
-    return asdict(EvaluationMetrics(**{**fields, "step": step, "is_best": False, "checkpoint_path": "", **values}))
+def evaluation(step: int, **values: Any) -> dict[str, Any]:
+    names = [name for name, kind in EvaluationMetrics.__annotations__.items() if kind == "float"]
+    fields: dict[str, Any] = {**dict.fromkeys(names, 1.0), "exact": True, "tokens": 40, "samples": 4}
+    return asdict(EvaluationMetrics(**{**fields, "step": step, **values}))
+
+
+def comparison(reverse_kl: float, **values: Any) -> Comparison:
+    names = [name for name, kind in Comparison.__annotations__.items() if kind == "float"]
+    fields: dict[str, Any] = {**dict.fromkeys(names, 0.5), "tokens": 40, "samples": 4}
+    return Comparison(**{**fields, "reverse_kl": reverse_kl, **values})
 
 
 def event(kind: EventKind, payload: dict[str, Any], seconds: float = 0.0, revision: int = 1) -> Event:
@@ -102,7 +109,7 @@ def test_the_live_view_fits_its_terminal(width: int, height: int) -> None:
     logs = [event(EventKind.LOG, {"level": "warning", "text": "long " * 60}) for _ in range(40)]
     progress = after(
         state("RUNNING"),
-        event(EventKind.EVALUATION, evaluation(0)),
+        event(EventKind.EVALUATION, evaluation(0, on_student=comparison(3.25))),
         event(EventKind.METRICS, metrics(1, reverse_kl=2.0)),
         event(EventKind.METRICS, metrics(2, reverse_kl=1.5)),
         *logs,
@@ -116,6 +123,7 @@ def test_the_live_view_fits_its_terminal(width: int, height: int) -> None:
     text = "\n".join(lines)
     for word in ("RUNNING", "2/10", "20 %", "ETA", "reverse KL", "agreement", "student entropy"):
         assert word in text
+    assert ("3.250" in text) == (height >= 24)
     if width >= 60:
         assert "↓ 0.500" in text
         assert "6 hits, 2 misses" in text
@@ -147,6 +155,21 @@ EVENTS = [
     (state("FAILED", message="out of\nmemory"), "FAILED: out of memory"),
     (event(EventKind.METRICS, metrics(3)), "step 3/10  KL 1.0000  agreement 100.0 %"),
     (event(EventKind.EVALUATION, evaluation(5)), "held-out after step 5: forward KL 1.0000  reverse KL 1.0000"),
+    (
+        event(
+            EventKind.EVALUATION,
+            evaluation(
+                5,
+                on_teacher=comparison(0.75, half_widths={"forward_kl": 0.02, "reverse_kl": 0.03}),
+                on_student=comparison(0.25),
+                tasks={"arc_easy": 0.625},
+                is_best=True,
+            ),
+        ),
+        "held-out after step 5: forward KL 0.5000 ± 0.0200  reverse KL 0.7500 ± 0.0300  agreement 100.0 %  "
+        "top-5 100.0 %  entropy teacher 1.000 student 1.000  own samples: forward KL 0.5000  reverse KL 0.2500  "
+        "acceptance 50.0 %  arc_easy 0.6250  (best so far)",
+    ),
     (event(EventKind.LOG, {"level": "warning", "text": "\x1b[31mred"}), "warning: [31mred"),
     (
         event(EventKind.SAMPLE, {"step": 2, "prompt": "why?", "completion": "so\nbe it", "source": "student"}),

@@ -69,6 +69,10 @@ def test_a_run_from_plan_to_adapter(client: Client, values: dict[str, object], t
 
 def test_the_catalogue_shows_trainers_plugins_and_presets(client: Client) -> None:
     assert {"on_policy", "offline"} <= {entry.name for entry in client.trainers()}
+    divergences = {entry.name: entry for entry in client.divergences()}
+    assert divergences["reverse_kl"].signals == ("exact", "sparse", "sampled")
+    assert divergences["jsd"].options_schema["properties"]["beta"]["default"] == 0.5
+    assert {entry.plugin for entry in divergences.values()} == {""}
     assert all(not entry.error for entry in client.plugins())
     presets = {entry.name: entry.values for entry in client.presets()}
     assert presets["fast"]["num_steps"] == 100

@@ -95,7 +95,7 @@ def test_a_trainers_teacher_refuses_to_be_another_one(client: Client, tmp_path: 
     for _ in client.load_teacher(str(write_tiny_qwen2(tmp_path / "other", seed=9)), force=True):
         pass
     with pytest.raises(OpdError) as found:
-        remote.score(requests(1))
+        remote.score([ScoreRequest(np.array([4, 3, 2, 1], np.int32), 1)])
     assert found.value.reason is Reason.TEACHER_CHANGED
 
 
@@ -127,3 +127,23 @@ def test_cache_statistics_count_what_was_asked_twice(client: Client) -> None:
     assert client.score(asked)[0].cached
     after = client.cache_stats()
     assert (after.hits - before.hits, after.misses - before.misses) == (1, 1)
+
+
+def test_after_unloading_the_cache_answers_and_says_what_it_lacks(client: Client) -> None:
+    remote = RemoteTeacher(client)
+    asked = requests()
+    prompts = [GenerateRequest((5, 6, 7), 4, temperature=0.0)]
+    first, answers = remote.score(asked), remote.generate(prompts)
+    head = remote.head()
+    remote.unload()
+    assert client.teacher()[0] is TeacherState.UNLOADED
+    for before, after in zip(first, remote.score(asked), strict=True):
+        assert after.cached
+        for name, value in before.scores.arrays().items():
+            np.testing.assert_array_equal(after.scores.arrays()[name], value)
+    again = remote.generate(prompts)
+    assert [token.token_id for token in again[0]] == [token.token_id for token in answers[0]]
+    assert remote.head() is head
+    with pytest.raises(OpdError, match="1 of 2 sequences are not in the cache") as caught:
+        remote.score([asked[0], ScoreRequest(np.array([9, 8, 7, 6], np.int32), 1, asked[0].wants)])
+    assert caught.value.reason is Reason.TEACHER_NOT_LOADED

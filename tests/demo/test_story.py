@@ -15,10 +15,11 @@ from rich.console import Console
 
 from opd_daemon.client import Client
 from opd_daemon.demo import story
-from opd_daemon.demo.answers import Answers, student_answers
+from opd_daemon.demo.answers import student_answers
 from opd_daemon.demo.curve import draw_curve
 from opd_daemon.demo.result import METRICS, DemoResult, Seconds
 from opd_daemon.demo.table import show_result
+from opd_daemon.distill.report.answers import Answers
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.types import Event, EventKind, Run
 from tests.demo.stage import QuietStage
@@ -106,7 +107,10 @@ def test_the_table_shows_before_after_and_change(told: tuple[DemoResult, DemoRes
     ):
         assert words in text
     assert max(len(line) for line in text.splitlines() if line.startswith(("│", "╭"))) <= width
-    assert f"mlx_lm.generate --model {result.model_path} --adapter-path {result.adapter_path}" in text
+    model = result.run.config["base_model_path"]
+    assert f"mlx_lm.generate --model {model} --adapter-path {result.adapter_path}" in text
+    assert f"report: {result.run.report_path}" in text.replace("\n", "")
+    assert Path(result.run.report_path).is_file()
 
 
 def test_the_learning_curve_is_a_png(told: tuple[DemoResult, DemoResult], tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ def test_reference_is_the_answer_up_to_its_first_eos(tmp_path: Path, tiny_studen
     chat = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]}
     lines = [chat, {"prompt": "Why?"}, {"text": "The tide comes in twice a day"}]
     path = write(tmp_path / "a.jsonl", "\n".join(json.dumps(line) for line in lines).encode())
-    both = config(path, validation_prompts_path=str(path))
+    other = rows_file(tmp_path / "held_out.jsonl", 1)
+    both = config(path, validation_prompts_path=str(other))
     first, second, third = build_prompts(both, tokenizer, [eos], 4096).train
     assert tokenizer.decode(first.token_ids) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(first.reference_ids) == "Because.<|im_end|>"
@@ -148,6 +149,83 @@ def test_reference_is_the_answer_up_to_its_first_eos(tmp_path: Path, tiny_studen
     assert second.reference_ids is None
     assert third.reference_ids is not None
     assert tokenizer.decode([*third.token_ids, *third.reference_ids[:-1]]) == "The tide comes in twice a day"
+
+
+def test_what_is_held_out_is_never_trained_on(tmp_path: Path, tiny_student: Path) -> None:
+    path, held_out = rows_file(tmp_path / "a.jsonl", 6), rows_file(tmp_path / "b.jsonl", 2)
+    prompts = build_prompts(
+        config(path, validation_prompts_path=str(held_out)), load_tokenizer(tiny_student), [0], 4096
+    )
+    assert [prompt.text for prompt in prompts.train] == [f"question {i}" for i in range(2, 6)]
+    assert prompts.left_out == 2
+    with pytest.raises(OpdError, match=r"b\.jsonl: every training prompt is held out too"):
+        build_prompts(config(held_out, validation_prompts_path=str(path)), load_tokenizer(tiny_student), [0], 4096)
+
+
+def teacher_reads(tmp_path: Path, tiny_student: Path, line: dict[str, Any], **changes: Any) -> str:
+    path = write(tmp_path / "a.jsonl", json.dumps(line).encode())
+    other = rows_file(tmp_path / "held_out.jsonl", 1)
+    tokenizer = load_tokenizer(tiny_student)
+    asked = {"teacher_tokenizer": changes.pop("teacher_tokenizer", None)}
+    settings = config(path, validation_prompts_path=str(other), **changes)
+    (prompt,) = build_prompts(settings, tokenizer, [0], 4096, **asked).train
+    assert tokenizer.decode(prompt.token_ids).endswith("user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    return str(tokenizer.decode(prompt.teacher_token_ids))
+
+
+def test_a_row_may_ask_the_teacher_something_else(tmp_path: Path, tiny_student: Path) -> None:
+    hint = {"prompt": "Hi", "teacher_prompt": "Hi. The answer is 42."}
+    assert "user\nHi. The answer is 42.<|im_end|>" in teacher_reads(tmp_path, tiny_student, hint)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    row = {"messages": chat, "teacher_prompt": "Hey"}
+    read = teacher_reads(tmp_path, tiny_student, row)
+    assert read.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHey<|im_end|>")
+    row = {"prompt": "Hi", "teacher_messages": chat}
+    assert teacher_reads(tmp_path, tiny_student, row).startswith("<|im_start|>system\nBe brief.")
+
+
+def test_the_teacher_may_have_a_system_prompt_of_its_own(tmp_path: Path, tiny_student: Path) -> None:
+    read = teacher_reads(tmp_path, tiny_student, {"prompt": "Hi"}, teacher_system_prompt="You know all.")
+    assert read.startswith("<|im_start|>system\nYou know all.<|im_end|>\n<|im_start|>user\nHi<|im_end|>")
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    read = teacher_reads(tmp_path, tiny_student, {"messages": chat}, teacher_system_prompt="You know all.")
+    assert read.startswith("<|im_start|>system\nYou know all.\n\nBe brief.<|im_end|>")
+
+
+def test_the_teacher_may_read_its_own_template(tmp_path: Path, tiny_student: Path) -> None:
+    own = load_tokenizer(tiny_student)
+    own.chat_template = "{% for message in messages %}Q: {{ message.content }}\nA:{% endfor %}"
+    read = teacher_reads(tmp_path, tiny_student, {"prompt": "Hi"}, teacher_tokenizer=own)
+    assert read == "Q: Hi\nA:"
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ({"text": "once", "teacher_prompt": "x"}, "a plain text is the same for both models"),
+        ({"prompt": "a", "teacher_prompt": " "}, '"teacher_prompt" is empty'),
+        ({"prompt": "a", "teacher_messages": []}, '"teacher_messages" is not a list of messages'),
+        (
+            {
+                "prompt": "a",
+                "teacher_messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            },
+            '"teacher_messages" ends with an answer',
+        ),
+    ],
+)
+def test_faulty_words_for_the_teacher_are_named(tmp_path: Path, line: dict[str, Any], says: str) -> None:
+    with pytest.raises(OpdError, match=r"a\.jsonl:1: ") as caught:
+        read_rows(write(tmp_path / "a.jsonl", json.dumps(line).encode()))
+    assert says in caught.value.message
+
+
+def test_a_template_that_refuses_a_row_names_it(tmp_path: Path, tiny_student: Path) -> None:
+    path = rows_file(tmp_path / "a.jsonl", 2)
+    tokenizer = load_tokenizer(tiny_student)
+    tokenizer.chat_template = "{{ raise_exception('no user here') }}"
+    with pytest.raises(OpdError, match=r"a\.jsonl:\d: the chat template refuses it: no user here"):
+        build_prompts(config(path), tokenizer, [0], 4096)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from opd_daemon.config import LoraConfig
 from opd_daemon.distill.adapter import CONFIG, WEIGHTS
-from opd_daemon.distill.student import Student, split_head
+from opd_daemon.distill.student import Student
 from opd_daemon.errors import OpdError, Reason
 
 TOKENS = mx.array([[5, 6, 7, 8]])
@@ -33,7 +33,7 @@ def test_only_adapter_tensors_are_trainable_and_a_fresh_one_changes_nothing(tiny
     student = Student.load(tiny_student, None, LoraConfig(rank=4), seed=3)
     assert {name.rpartition(".")[2] for name in student.parameters()} == {"lora_a", "lora_b"}
     plain, _ = mlx_lm.load(str(tiny_student))
-    assert mx.array_equal(student.model(TOKENS), plain(TOKENS))
+    assert mx.allclose(student.model(TOKENS), plain(TOKENS), atol=1e-5)
 
 
 def test_the_seed_decides_a_fresh_adapter(tiny_student: Path) -> None:
@@ -127,26 +127,6 @@ def test_logits_are_the_models_own_with_impossible_ids_masked(student: Student) 
     masked = np.array(student.logits(TOKENS))
     assert masked.shape[-1] == student.width - 64
     assert (masked[..., 3] < -1e29).all()
-
-
-class SoftCapped:
-    """A model that bends its logits behind the head, as some families do."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model.model
-        self.whole = model
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        return mx.tanh(self.whole(tokens) / 5.0) * 5.0
-
-
-def test_a_head_with_anything_behind_it_is_not_split(tiny_student: Path) -> None:
-    plain, _ = mlx_lm.load(str(tiny_student))
-    capped = SoftCapped(plain)
-    body, head = split_head(capped)
-    assert mx.array_equal(head(body(TOKENS)), capped(TOKENS))
-    body, head = split_head(plain)
-    assert body is plain.model
 
 
 def test_a_folder_that_cannot_be_built_is_named(tiny_student: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -51,8 +52,15 @@ class DaemonProcess:
         return Client.find(self.home)
 
     def workers(self) -> list[psutil.Process]:
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if "opd_daemon.runs.worker_main" in " ".join(child.cmdline())]
+        return self.children("opd_daemon.runs.worker_main")
+
+    def children(self, program: str) -> list[psutil.Process]:
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                if program in child.cmdline():
+                    found.append(child)
+        return found
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)

@@ -148,7 +148,7 @@ FAULTS: dict[str, Row] = {
     "other tokenizer": (lambda s: s.check(teacher_model_path=f"{s.folder}/shuffled"), CONFIG, "config.teacher_model_path", "id 0 is 'Ď' / '!'"),
     "load nothing": (lambda s: list(s.client.load_teacher("")), REQUEST, "model_path", "name a model folder"),
     "load no folder": (lambda s: list(s.client.load_teacher("/nope")), Reason.MODEL_NOT_FOUND, "", "'/nope'; give a folder"),
-    "load no model": (lambda s: list(s.client.load_teacher(f"{s.folder}/no_model")), Reason.TEACHER_LOAD_FAILED, "", "no config.json); give"),
+    "load no model": (lambda s: list(s.client.load_teacher(f"{s.folder}/no_model")), Reason.MODEL_NOT_FOUND, "", "no config.json; give"),
     "load long name": (lambda s: list(s.client.load_teacher("/" + 300 * "n")), Reason.MODEL_NOT_FOUND, "", "give a folder"),
     # Rows
     "broken line": (lambda s: s.check_rows(b'{"prompt": "a"}\n{"prompt": "b"\n'), CONFIG, "config.prompts_path", "faulty.jsonl:2: not JSON"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from opd_daemon.errors import OpdError
 from opd_daemon.home import Home
 from opd_daemon.types import RunState
 from tests.e2e.conftest import DaemonProcess
@@ -65,5 +66,66 @@ def test_trainer_of_a_separate_package_runs(
             run, _ = client.create_run(values)
             finished = wait_for(client, run.run_id, lambda run: run.state.resting)
             assert finished.state is RunState.SUCCEEDED, finished.error_message
+    finally:
+        daemon.stop()
+
+
+DIVERGENCE = """
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from opd_daemon import DivergenceInfo, hookimpl
+
+
+class Options(BaseModel):
+    order: Annotated[float, Field(gt=1)] = 2.0
+
+
+def make(options, temperature):
+    import mlx.core as mx
+    from mlx.nn import log_softmax
+    from opd_daemon.distill import Divergence
+
+    class Renyi(Divergence):
+        def values(self, logits, signal):
+            s, t = (log_softmax(each / self.temperature, axis=-1) for each in (logits, signal.logits))
+            powers = mx.where(logits > -1e29, options.order * s + (1 - options.order) * t, -mx.inf)
+            return mx.logsumexp(powers, axis=-1) / (options.order - 1)
+
+    return Renyi("renyi", temperature)
+
+
+@hookimpl
+def opd_divergences():
+    yield DivergenceInfo("renyi", "Of a chosen order, student from teacher.", make, Options, ("exact",))
+"""
+
+
+def test_divergence_of_a_separate_package_trains(
+    tiny_teacher: Path, tiny_student: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "site" / "somebodys_divergence-0.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys-divergence\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("[opd_daemon]\nsomebodys = somebodys_divergence\n")
+    (tmp_path / "site" / "somebodys_divergence.py").write_text(DIVERGENCE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    home = Home(tmp_path / "home")
+    home.root.mkdir()
+    daemon = DaemonProcess(home)
+    try:
+        with daemon.client() as client:
+            assert {entry.name: entry.plugin for entry in client.divergences()}["renyi"] == "somebodys"
+            chosen = {"divergence": "renyi", "signal": "exact", "num_steps": 2}
+            values = configuration(tiny_teacher, tiny_student, prompts, **chosen)
+            with pytest.raises(OpdError, match="greater than 1"):
+                client.create_run({**values, "divergence_options": {"order": 0.5}})
+            run, _ = client.create_run({**values, "divergence_options": {"order": 1.5}})
+            finished = wait_for(client, run.run_id, lambda run: run.state.resting)
+            assert finished.state is RunState.SUCCEEDED, finished.error_message
+            metrics = finished.latest_metrics
+            assert metrics["kl_mean"] > metrics["reverse_kl"] / 4 > 0
+            assert metrics["exact"]
     finally:
         daemon.stop()

@@ -27,7 +27,10 @@ from tests.distill.local_teacher import LocalTeacher
 from tests.tiny import write_tiny_qwen2
 
 TRAINERS = {info.name: info for info in opd_trainers()}
-BOTH = pytest.mark.parametrize("trainer", ["on_policy", "offline"])
+REGIMES = pytest.mark.parametrize(
+    ("trainer", "trainer_options"),
+    [("on_policy", {}), ("on_policy", {"staleness": 1}), ("offline", {}), ("dataset", {}), ("mixed", {}), ("sft", {})],
+)
 
 
 @dataclass
@@ -47,6 +50,9 @@ class Listener:
 
     def gauges(self, values: dict[str, float]) -> None:
         self.gauged.append(values)
+
+    def settle(self) -> None:
+        pass
 
     def of(self, kind: EventKind) -> list[dict[str, Any]]:
         return [payload for other, payload in self.events if other == kind]
@@ -109,7 +115,7 @@ def bench(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> Bench:
     return Bench(Home(tmp_path / "home").run("run"), LocalTeacher(tiny_teacher), settings)
 
 
-@BOTH
+@pytest.mark.parametrize("trainer", ["on_policy", "offline", "mixed", "sft"])
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
 def test_kl_falls_and_agreement_rises(bench: Bench, trainer: str, divergence: str) -> None:
     complete, listener = bench.run(trainer=trainer, divergence=divergence)
@@ -123,7 +129,7 @@ def test_kl_falls_and_agreement_rises(bench: Bench, trainer: str, divergence: st
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("support", ["student", "teacher"])
 def test_either_support_at_any_temperature_trains(bench: Bench, support: str, temperature: float) -> None:
-    _, listener = bench.run(support=support, temperature=temperature)
+    _, listener = bench.run(signal="sparse", support=support, temperature=temperature)
     steps = listener.of(EventKind.METRICS)
     assert steps[-1]["kl_mean"] < steps[0]["kl_mean"]
     assert steps[0]["kl_loss"] == pytest.approx(steps[0]["kl_mean"] * temperature**2)
@@ -138,19 +144,134 @@ def test_student_support_asks_the_teacher_about_the_students_own_ids(bench: Benc
         return score(requests)
 
     bench.teacher.score = listen  # type: ignore[method-assign]
-    bench.run(num_steps=1, top_k=16)
-    scored = [request for request in asked if not request.wants.hidden]
+    bench.run(num_steps=1, signal="sparse", top_k=16)
+    scored = [request for request in asked if request.wants.top_k]
+    assert len(scored) == 4
     assert all(request.candidate_ids is not None and request.candidate_ids.shape[1] == 16 for request in scored)
     assert {request.wants.top_k for request in scored} == {1}
 
 
-def test_offline_can_learn_the_datas_own_completions(bench: Bench) -> None:
-    _, listener = bench.run(trainer="offline", use_teacher_targets=False, max_generation_tokens=16)
+@pytest.mark.parametrize("trainer", ["dataset", "offline", "sft"])
+def test_the_datas_own_completions_can_be_learned(bench: Bench, trainer: str) -> None:
+    _, listener = bench.run(trainer=trainer, use_teacher_targets=False, max_generation_tokens=16)
     rows = [json.loads(line) for line in bench.folders.rollouts.read_text().splitlines()]
     assert {row["source"] for row in rows} == {"data"}
     assert rows[0]["completion"].startswith("The tide comes")
     steps = listener.of(EventKind.METRICS)
     assert steps[-1]["ce_loss"] < steps[0]["ce_loss"]
+
+
+def rollouts_of(bench: Bench) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in bench.folders.rollouts.read_text().splitlines()]
+
+
+def test_several_samples_of_a_prompt_leave_a_step_as_large_as_it_was(bench: Bench) -> None:
+    _, listener = bench.run(num_steps=2, trainer_options={"samples_per_prompt": 2})
+    rows = rollouts_of(bench)
+    assert [row["samples"] for row in listener.of(EventKind.METRICS)] == [4, 4]
+    prompts = [row["prompt_index"] for row in rows]
+    assert prompts[0] == prompts[1] != prompts[2] == prompts[3]
+    assert rows[0]["completion_ids"] != rows[1]["completion_ids"]
+    assert len(set(prompts)) == 4
+    assert [row["drawn_from"][1] for row in rows] == [0, 1, 2, 3] * 2
+
+
+def test_a_prefix_is_sampled_scored_and_trained_and_nothing_more(bench: Bench) -> None:
+    _, listener = bench.run(num_steps=1, trainer_options={"prefix_tokens": 3})
+    assert all(len(row["completion_ids"]) <= 3 for row in rollouts_of(bench))
+    assert listener.of(EventKind.METRICS)[0]["completion_length"] <= 3
+
+
+def test_truncated_rollouts_are_counted_but_not_scored_or_trained(bench: Bench) -> None:
+    asked: list[ScoreRequest] = []
+    score = bench.teacher.score
+
+    def listen(requests: list[ScoreRequest]) -> Any:
+        asked.extend(requests)
+        return score(requests)
+
+    settings = {"num_steps": 3, "learning_rate": 1e-9, "signal": "sparse", "exact_fraction": 0.0}
+    _, listener = bench.run(**settings)
+    assert 0 < sum(row["truncated_fraction"] for row in listener.of(EventKind.METRICS)) <= 3
+    bench.teacher.score = listen  # type: ignore[method-assign]
+    bench.teacher.known.clear()
+    _, masked = bench.run(**settings, trainer_options={"mask_truncated": True})
+    pairs = zip(listener.of(EventKind.METRICS), masked.of(EventKind.METRICS), strict=True)
+    for plain, other in pairs:
+        assert other["truncated_fraction"] == plain["truncated_fraction"]
+        assert other["samples"] == plain["samples"]
+    cut = [row for row in rollouts_of(bench) if row["stopped"] == "length"]
+    lengths = {tuple(row["completion_ids"]) for row in cut}
+    assert not any(tuple(request.token_ids[-8:].tolist()) in lengths for request in asked if not request.wants.hidden)
+
+
+def test_a_mixed_run_draws_each_step_and_leans_where_it_is_told(bench: Bench) -> None:
+    options = {"on_policy_fraction": 0.0, "on_policy_fraction_end": 1.0}
+    _, listener = bench.run(trainer="mixed", num_steps=8, trainer_options=options)
+    drawn = [row["on_policy_fraction"] for row in listener.of(EventKind.METRICS)]
+    assert set(drawn) == {0.0, 1.0}
+    assert (drawn[0], drawn[-1]) == (0.0, 1.0)
+    sources = {row["step"]: row["source"] for row in rollouts_of(bench)}
+    assert [sources[step] for step in range(1, 9)] == ["student" if own else "teacher" for own in drawn]
+
+
+def test_sft_never_asks_the_teacher_to_score_what_it_trains_on(bench: Bench) -> None:
+    asked: list[ScoreRequest] = []
+    score = bench.teacher.score
+
+    def listen(requests: list[ScoreRequest]) -> Any:
+        asked.extend(requests)
+        return score(requests)
+
+    bench.teacher.score = listen  # type: ignore[method-assign]
+    _, listener = bench.run(trainer="sft", num_steps=3)
+    trained = {tuple(row["completion_ids"]) for row in rollouts_of(bench)}
+    assert not any(tuple(request.token_ids[request.score_from :].tolist()) in trained for request in asked)
+    for row in listener.of(EventKind.METRICS):
+        assert row["loss"] == pytest.approx(row["ce_loss"])
+
+
+def test_with_staleness_rollouts_are_one_update_old_and_no_older(bench: Bench) -> None:
+    _, listener = bench.run(num_steps=4, trainer_options={"staleness": 1})
+    assert [row["staleness"] for row in listener.of(EventKind.METRICS)] == [0, 1, 1, 1]
+    assert [row["version"] for row in rollouts_of(bench)[::4]] == [0, 0, 1, 2]
+    _, listener = bench.run(num_steps=2)
+    assert [row["staleness"] for row in listener.of(EventKind.METRICS)] == [0, 0]
+
+
+def test_a_prompt_without_a_completion_is_refused_by_its_line(bench: Bench) -> None:
+    rows = Path(bench.settings["prompts_path"])
+    rows.write_text("".join(json.dumps({"prompt": f"Tell me about {i}"}) + "\n" for i in range(12)))
+    with pytest.raises(OpdError, match=r"rows\.jsonl:\d+: has no completion to learn"):
+        bench.run(trainer="dataset")
+
+
+def test_templates_that_differ_are_named_with_the_setting(bench: Bench, tmp_path: Path) -> None:
+    path = write_tiny_qwen2(tmp_path / "thinking", seed=1, layers=3)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    template = settings["chat_template"].replace("<|im_start|>assistant\\n' }}", "<|im_start|>assistant\\nHmm: ' }}")
+    assert template != settings["chat_template"]
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    other = Bench(bench.folders, LocalTeacher(path), {**bench.settings, "teacher_model_path": str(path)})
+    asked: list[ScoreRequest] = []
+    score = other.teacher.score
+
+    def listen(requests: list[ScoreRequest]) -> Any:
+        asked.extend(requests)
+        return score(requests)
+
+    other.teacher.score = listen  # type: ignore[method-assign]
+    _, listener = other.run(num_steps=1, max_eval_samples=0)
+    (said,) = [row for row in listener.of(EventKind.LOG) if "chat templates" in row["text"]]
+    assert said["level"] == "warning"
+    assert "'' / 'Hmm: '" in said["text"]
+    assert "teacher_template" in said["text"]
+    read = [other.teacher.tokenizer.decode(request.token_ids[: request.score_from].tolist()) for request in asked]
+    assert not any(text.endswith("Hmm: ") for text in read)
+    asked.clear()
+    other.run(num_steps=1, max_eval_samples=0, teacher_template="teacher")
+    read = [other.teacher.tokenizer.decode(request.token_ids[: request.score_from].tolist()) for request in asked]
+    assert all(text.endswith("<|im_start|>assistant\nHmm: ") for text in read)
 
 
 def test_the_second_epoch_comes_from_the_cache_offline(bench: Bench) -> None:
@@ -160,7 +281,7 @@ def test_the_second_epoch_comes_from_the_cache_offline(bench: Bench) -> None:
     assert hits[-1] == 4
 
 
-@BOTH
+@pytest.mark.parametrize("trainer", ["on_policy", "offline"])
 def test_the_final_adapter_loads_in_mlx_lm_and_changes_its_output(bench: Bench, trainer: str, tmp_path: Path) -> None:
     output = tmp_path / "adapter"
     before = Path(bench.settings["base_model_path"], "model.safetensors").read_bytes()
@@ -209,23 +330,25 @@ def weights(folder: Path) -> dict[str, Any]:
     return load_file(folder / "adapters.safetensors")
 
 
-@BOTH
+@REGIMES
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_resumed_is_the_same_as_uninterrupted(bench: Bench, trainer: str, dropout: float, tmp_path: Path) -> None:
-    lora = {"rank": 4, "dropout": dropout}
-    bench.run(trainer=trainer, lora=lora)
+def test_resumed_is_the_same_as_uninterrupted(
+    bench: Bench, trainer: str, trainer_options: dict[str, Any], dropout: float, tmp_path: Path
+) -> None:
+    changes = {"trainer": trainer, "trainer_options": trainer_options, "lora": {"rank": 4, "dropout": dropout}}
+    bench.run(**changes)
     expected = weights(bench.folders.checkpoints / "final")
     expected_rows = [json.loads(line)["loss"] for line in bench.folders.train_metrics.read_text().splitlines()]
 
     again = Bench(Home(tmp_path / "again").run("run"), LocalTeacher(Path(bench.teacher.info.path)), bench.settings)
     steps_left = iter([False] * 14)
-    complete, listener = again.run(trainer=trainer, lora=lora, should_stop=lambda: next(steps_left, True))
+    complete, listener = again.run(**changes, should_stop=lambda: next(steps_left, True))
     assert not complete
     assert not (again.folders.checkpoints / "final").exists()
     checkpoint = latest(again.folders.checkpoints)
     assert checkpoint is not None
     assert 0 < read_progress(checkpoint).step < 8
-    complete, listener = again.run(trainer=trainer, lora=lora, resume_from=checkpoint)
+    complete, listener = again.run(**changes, resume_from=checkpoint)
     assert complete
     assert listener.of(EventKind.METRICS)[0]["step"] == read_progress(checkpoint).step + 1
     found = weights(again.folders.checkpoints / "final")

@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ import pluggy
 
 from opd_daemon import hookspecs
 from opd_daemon.config import RunConfig
+from opd_daemon.distill.checkpoints import Checkpoints, RunProgress
 from opd_daemon.errors import FieldViolation, OpdError
 from opd_daemon.events import EventLog
 from opd_daemon.home import Home
 from opd_daemon.plugins import LoadedPlugin, PluginRegistry
 from opd_daemon.runs.attempt import Preflight, Teaching
 from opd_daemon.runs.manager import RunManager
+from opd_daemon.runs.plans import PlanRequest
 from opd_daemon.runs.workers import Workers
 from opd_daemon.store import Store
 from opd_daemon.trainer import TrainerInfo
@@ -44,6 +46,9 @@ if what == "segfault":
     os.kill(os.getpid(), signal.SIGSEGV)
 if what == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
+if what == "bad_alloc":
+    print("terminate called after throwing an instance of 'std::bad_alloc'", flush=True)
+    os.abort()
 if what in ("fail", "flood", "parent"):
     sys.exit("boom: the last line")
 if what == "silent":
@@ -84,6 +89,8 @@ class Stage:
     refuse: Callable[[Run], None] | None = None
     stop_grace: float = 20.0
     max_concurrent_runs: int = 1
+    plan: Plan = PLAN
+    plan_requests: list[PlanRequest] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.home = Home(self.root / "home")
@@ -102,7 +109,7 @@ class Stage:
             events=events,
             plugins=PluginRegistry([trainer_plugin(refuse=self.refuse)]),
             workers=workers,
-            preflight=Preflight(self._check, self._estimate),
+            preflight=Preflight(self._check, self._plan),
             teaching=Teaching(lambda: self.teacher, self._ensure),
             max_concurrent_runs=self.max_concurrent_runs,
             stop_grace=self.stop_grace,
@@ -126,9 +133,10 @@ class Stage:
         assert trainer is None or trainer.name == config.trainer
         return self.faults
 
-    def _estimate(self, config: RunConfig, teacher_loaded: bool) -> Plan:
-        assert teacher_loaded == (self.teacher == config.teacher_model_path)
-        return PLAN
+    def _plan(self, request: PlanRequest) -> Plan:
+        assert request.teacher_loaded == (self.teacher == request.config.teacher_model_path)
+        self.plan_requests.append(request)
+        return self.plan
 
     async def _ensure(self, path: str) -> None:
         self.loads.append(path)
@@ -186,3 +194,20 @@ def metrics(step: int, **changes: Any) -> Event:
 def checkpoint(step: int, path: Path, **flags: Any) -> Event:
     payload = {"step": step, "path": str(path), "bytes": 1, "is_best": False, "is_final": False, **flags}
     return Event(EventKind.CHECKPOINT, "", payload, datetime.now(UTC))
+
+
+def with_run(event: Event, run_id: str) -> Event:
+    return replace(event, run_id=run_id)
+
+
+def write_checkpoint(daemon: Daemon, run_id: str, step: int, best_step: int | None = None) -> Path:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    def save(folder: Path) -> None:
+        for name in ("adapters.safetensors", "optimizer.safetensors"):
+            save_file({"x": np.zeros(1, np.float32)}, folder / name)
+        (folder / "adapter_config.json").write_text("{}")
+
+    progress = RunProgress(step=step, best_step=best_step)
+    return Checkpoints(daemon.stage.home.run(run_id).checkpoints, keep_last=3).save_step(progress, save)

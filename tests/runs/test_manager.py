@@ -14,13 +14,12 @@ import psutil
 import pytest
 import yaml
 
-from opd_daemon.distill.checkpoints import Checkpoints, RunProgress
 from opd_daemon.errors import FieldViolation, OpdError, Reason
 from opd_daemon.store import Store, WorkerRecord
 from opd_daemon.trainer import RunRefused
-from opd_daemon.types import Event, EventKind, Gauges, Run, RunState
+from opd_daemon.types import EventKind, Gauges, Run, RunState
 from tests.asynchronous import asynchronous, until
-from tests.runs.daemon import PLAN, Daemon, Stage, checkpoint, metrics
+from tests.runs.daemon import PLAN, Stage, checkpoint, metrics, with_run, write_checkpoint
 
 S = RunState
 
@@ -109,6 +108,41 @@ async def test_validating_keeps_nothing(tmp_path: Path) -> None:
         run = await daemon.runs.create(daemon.stage.values(), request_id="r", validate_only=True)
         assert (run.run_id, run.plan) == ("", PLAN)
         assert await daemon.runs.list() == ([], "")
+
+
+@asynchronous
+async def test_a_run_that_will_not_fit_is_refused_with_advice_unless_it_is_forced(tmp_path: Path) -> None:
+    plan = replace(PLAN, available_bytes=2, warnings=("it will not fit",), advice=("batch_size 1: 1 instead of 3",))
+    async with Stage(tmp_path, plan=plan).daemon() as daemon:
+        fault = await refusal(daemon.create())
+        assert fault.reason is Reason.OUT_OF_MEMORY
+        assert "it will not fit" in fault.message
+        assert "batch_size 1: 1 instead of 3" in fault.message
+        assert await daemon.runs.list() == ([], "")
+        assert (await daemon.runs.create(daemon.stage.values(), validate_only=True)).plan == plan
+        assert (await daemon.runs.create(daemon.stage.values(), force=True)).plan == plan
+
+
+@asynchronous
+async def test_another_machine_is_planned_for_but_not_run_on(tmp_path: Path) -> None:
+    async with Stage(tmp_path).daemon() as daemon:
+        values = daemon.stage.values()
+        await daemon.runs.create(values, validate_only=True, machine="M4 Max 64 GB")
+        assert daemon.stage.plan_requests[-1].machine == "M4 Max 64 GB"
+        fault = await refusal(daemon.runs.create(values, machine="M4 Max 64 GB"))
+        assert fault.violations[0].field == "machine"
+
+
+@asynchronous
+async def test_an_idle_machine_may_be_measured_and_a_busy_one_not(tmp_path: Path) -> None:
+    async with Stage(tmp_path).daemon() as daemon:
+        values = daemon.stage.values()
+        await daemon.runs.create(values, validate_only=True)
+        assert daemon.stage.plan_requests[-1].measure
+        await daemon.start()
+        assert not daemon.stage.plan_requests[-1].measure
+        await daemon.runs.create(values, validate_only=True)
+        assert not daemon.stage.plan_requests[-1].measure
 
 
 @asynchronous
@@ -298,7 +332,7 @@ async def test_files_that_vanish_while_a_run_waits_fail_it_in_words(tmp_path: Pa
     ("worker", "state", "words"),
     [
         ("segfault", S.INTERRUPTED, "SIGSEGV"),
-        ("killed", S.INTERRUPTED, "SIGKILL (out of memory?)"),
+        ("killed", S.INTERRUPTED, "killed by SIGKILL"),
         ("fail", S.FAILED, "exit code 1: boom: the last line"),
         ("flood", S.FAILED, "exit code 1: boom: the last line"),
         ("silent", S.FAILED, "exit code 0"),
@@ -421,19 +455,6 @@ async def test_an_unknown_run_is_said_to_be_unknown(tmp_path: Path) -> None:
 
 
 # Resuming and deleting
-
-
-def write_checkpoint(daemon: Daemon, run_id: str, step: int, best_step: int | None = None) -> Path:
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    def save(folder: Path) -> None:
-        for name in ("adapters.safetensors", "optimizer.safetensors"):
-            save_file({"x": np.zeros(1, np.float32)}, folder / name)
-        (folder / "adapter_config.json").write_text("{}")
-
-    progress = RunProgress(step=step, best_step=best_step)
-    return Checkpoints(daemon.stage.home.run(run_id).checkpoints, keep_last=3).save_step(progress, save)
 
 
 @asynchronous
@@ -588,7 +609,3 @@ async def test_a_strangers_process_with_a_workers_old_pid_is_left_alone(tmp_path
     store.close()
     async with stage.daemon() as daemon:
         assert await daemon.events.read(lambda store: store.workers()) == []
-
-
-def with_run(event: Event, run_id: str) -> Event:
-    return replace(event, run_id=run_id)

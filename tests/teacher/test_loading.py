@@ -51,10 +51,14 @@ def lose_tensor(folder: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], Reason, str]] = {
-    "no config": (lambda m: (m / "config.json").unlink(), Reason.TEACHER_LOAD_FAILED, "not a model folder"),
-    "config is no JSON": (lambda m: (m / "config.json").write_text("{"), Reason.TEACHER_LOAD_FAILED, "not a JSON"),
+    "no config": (lambda m: (m / "config.json").unlink(), Reason.MODEL_NOT_FOUND, "not a model folder"),
+    "config is no JSON": (lambda m: (m / "config.json").write_text("{"), Reason.TEACHER_LOAD_FAILED, "not valid JSON"),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), Reason.TEACHER_LOAD_FAILED, "no model*.safetensors"),
-    "missing shard": (name_missing_shard, Reason.TEACHER_LOAD_FAILED, "shard model-00002-of-00002.safetensors"),
+    "missing shard": (
+        name_missing_shard,
+        Reason.TEACHER_LOAD_FAILED,
+        "1 of 2 weight files are missing, first model-00002-of-00002.safetensors",
+    ),
     "cut shard": (cut_shard, Reason.TEACHER_LOAD_FAILED, "cut off"),
     "shard is text": (
         lambda m: (m / "model.safetensors").write_text("version https://git-lfs"),
@@ -246,10 +250,11 @@ def test_the_limit_of_open_files_is_left_alone(home: Home, tiny_teacher: Path) -
 
 def test_text_and_chats_become_ids_and_text_again(home: Home, tiny_teacher: Path) -> None:
     async def work(service: TeacherService) -> None:
-        assert service.detokenize(service.tokenize("The sky is blue.")) == "The sky is blue."
+        tokenizer = await service.tokenizer(service.loaded())
+        assert tokenizer.decode(tokenizer.encode("The sky is blue.")) == "The sky is blue."
         chat = [{"role": "user", "content": "Hello"}]
-        opened = service.detokenize(service.render_chat(chat, True))
+        opened = tokenizer.decode(tokenizer.render_chat(chat, True))
         assert opened == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
-        assert service.detokenize(service.render_chat(chat, False)) == "<|im_start|>user\nHello<|im_end|>\n"
+        assert tokenizer.decode(tokenizer.render_chat(chat, False)) == "<|im_start|>user\nHello<|im_end|>\n"
 
     home.run(work, tiny_teacher)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import load
-from mlx_lm.models import gemma2
 from mlx_lm.utils import load_model, quantize_model, save_model
 
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.teacher import TeacherService
 from opd_daemon.types import ScoreRequest, Scores, ScoreWants
+from tests.families import family_config, tiny_family
 from tests.teacher.resident import Home, random_ids, reference, score_all
 from tests.tiny import write_tiny_qwen2
 
@@ -175,14 +175,17 @@ def test_the_whole_vocabulary_can_be_asked_for(home: Home, tiny_teacher: Path) -
     assert (np.diff(scores.top_logprobs, axis=-1) <= 0).all()
 
 
-def test_weights_that_are_no_numbers_are_an_error_not_a_result(home: Home, tiny_teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wants", [EVERYTHING, ScoreWants(token_stats=False, hidden=True)])
+def test_weights_that_are_no_numbers_are_an_error_not_a_result(
+    home: Home, tiny_teacher: Path, tmp_path: Path, wants: ScoreWants
+) -> None:
     model = as_bfloat16(tiny_teacher, tmp_path / "broken")
     weights = mx.load(str(model / "model.safetensors"))
     weights["model.norm.weight"] = weights["model.norm.weight"] * mx.nan
     mx.save_safetensors(str(model / "model.safetensors"), weights)
 
     async def work(service: TeacherService) -> None:
-        await score_all(service, [full_request()])
+        await score_all(service, [ScoreRequest(random_ids(9), 1, wants)])
 
     with pytest.raises(OpdError, match="not a number") as caught:
         home.run(work, model)
@@ -190,13 +193,13 @@ def test_weights_that_are_no_numbers_are_an_error_not_a_result(home: Home, tiny_
     assert not home.entries()
 
 
-def test_a_model_that_caps_its_logits_runs_whole_and_refuses_hidden(home: Home, tiny_teacher: Path) -> None:
-    model = write_tiny_gemma2(tiny_teacher, home.cache.parent / "gemma2")
+def test_a_model_whose_head_is_part_of_its_body_runs_whole_and_refuses_hidden(home: Home, tiny_teacher: Path) -> None:
+    model = write_family(tiny_teacher, home.cache.parent / "neox", "gpt_neox")
     request = replace(full_request(), wants=replace(EVERYTHING, hidden=False))
 
     async def work(service: TeacherService) -> Scores:
         assert not service.info.supports_hidden
-        assert "soft cap" in service.info.hidden_refusal
+        assert "a body and an output head" in service.info.hidden_refusal
         with pytest.raises(OpdError) as caught:
             service.score([full_request()])
         assert caught.value.reason is Reason.HIDDEN_NOT_SUPPORTED
@@ -205,18 +208,42 @@ def test_a_model_that_caps_its_logits_runs_whole_and_refuses_hidden(home: Home, 
     check(model, request, home.run(work, model, piece=9))
 
 
-def write_tiny_gemma2(source: Path, target: Path) -> Path:
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
+def test_a_model_that_caps_or_scales_its_logits_serves_everything(home: Home, tiny_teacher: Path, family: str) -> None:
+    model = write_family(tiny_teacher, home.cache.parent / family, family)
+
+    async def work(service: TeacherService) -> Scores:
+        assert service.info.supports_hidden
+        return (await score_all(service, [full_request()]))[0].scores
+
+    check(model, full_request(), home.run(work, model, piece=9))
+
+
+def write_family(source: Path, target: Path, family: str) -> Path:
     target.mkdir(parents=True)
     for file in source.glob("*token*"):
         (target / file.name).write_bytes(file.read_bytes())
-    config = {"model_type": "gemma2", "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
-    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "rms_norm_eps": 1e-6}
-    config |= {"vocab_size": 448, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16, "eos_token_id": 402}
+    config = family_config(family, vocab_size=448, eos_token_id=402)
     (target / "config.json").write_text(json.dumps(config))
-    model = gemma2.Model(gemma2.ModelArgs.from_dict(config))
-    mx.eval(model.parameters())
-    mx.save_safetensors(str(target / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    weights = dict(tree_flatten(tiny_family(family, vocab_size=448).parameters()))
+    mx.save_safetensors(str(target / "model.safetensors"), weights)
     return target
+
+
+def test_states_alone_are_served_without_running_the_head(
+    home: Home, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = full_request()
+    alone = ScoreRequest(request.token_ids, request.score_from, ScoreWants(token_stats=False, hidden=True))
+
+    async def work(service: TeacherService) -> None:
+        everything = (await score_all(service, [request]))[0].scores
+        monkeypatch.setattr("opd_daemon.teacher.scoring.describe", lambda *_: pytest.fail("the head was run"))
+        states = (await score_all(service, [alone]))[0].scores
+        assert states.arrays().keys() == {"hidden"}
+        np.testing.assert_array_equal(states.hidden, everything.hidden)
+
+    home.run(work, tiny_teacher)
 
 
 def test_a_quantised_model_scores_as_mlx_lm_runs_it(home: Home, tiny_teacher: Path, tmp_path: Path) -> None:

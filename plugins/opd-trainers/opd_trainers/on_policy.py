@@ -6,8 +6,13 @@ D(teacher ‖ student) at every token of y. The samples are taken as given; no g
 
 from __future__ import annotations
 
-from opd_daemon.distill import backward, micro_batches, sample_completions, score
+from typing import cast
+
+from opd_daemon.distill import backward, micro_batches, score
 from opd_daemon.trainer import TrainContext
+from opd_trainers.ahead import OneAhead
+from opd_trainers.options import OnPolicyOptions
+from opd_trainers.sampling import sample
 
 
 class OnPolicy:
@@ -16,28 +21,39 @@ class OnPolicy:
     def train(self, context: TrainContext) -> None:
         """Train the student on its own completions.
 
-        With support "student" the divergence is over the ids the student found most likely while it sampled. They are
-        recorded from the logits that sampling computes anyway, which saves another forward; where decoding rounds a
-        little differently from training, a slightly different set of ids is as good, since the tail carries the rest.
         The cross-entropy, if it has weight, aims at the teacher's most likely token: the student's own samples would
         teach it nothing.
         """
-        config, student = context.config, context.student
+        options = cast(OnPolicyOptions, context.options)
+        context.loop.samples_per_prompt = options.samples_per_prompt
+        if options.staleness:
+            with OneAhead(context, options) as ahead:
+                self._train_ahead(context, ahead)
+            return
 
         for step in context.loop:
             with step.phase("rollout"):
-                rollouts = sample_completions(
-                    student,
-                    step.prompts,
-                    max_tokens=config.max_generation_tokens,
-                    temperature=config.generation_temperature,
-                    seed=step.seed,
-                    support=config.top_k if config.support == "student" else 0,
-                )
+                prompts = [prompt for prompt in step.prompts for _ in range(options.samples_per_prompt)]
+                rollouts = sample(context, options, prompts, seed=step.seed, version=step.number - 1)
             step.log_rollouts(rollouts)
 
             with step.phase("score"):
                 targets = score(context, rollouts)
+
+            with step.phase("train"):
+                for batch in micro_batches(context, rollouts, targets, labels="teacher"):
+                    step.accumulate(backward(context, batch))
+                step.update()
+
+    def _train_ahead(self, context: TrainContext, ahead: OneAhead) -> None:
+        """The same with staleness 1: the next step's rollouts are on their way to the teacher while this one trains."""
+        for step in context.loop:
+            with step.phase("rollout"):
+                rollouts, scoring = ahead.take(step)
+            step.log_rollouts(rollouts)
+
+            with step.phase("score"):
+                targets = scoring.result()
 
             with step.phase("train"):
                 for batch in micro_batches(context, rollouts, targets, labels="teacher"):

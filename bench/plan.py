@@ -1,0 +1,233 @@
+"""How right plans are: unlike small runs planned and then done, time and peak memory of both compared.
+
+    python bench/plan.py [--only NAME …] [--folder ~/.cache/opd-daemon-bench]
+
+Every run is planned by a daemon that measures the machine with other models than the run's: of its shapes, but few
+layers and random weights. Time is that from start to end of the run, the teacher's and the student's loading included.
+Peak memory is the most resident bytes (RSS) a process was seen with, the daemon's and the worker's added up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+
+from opd_daemon.client import Client, LocalDaemon
+from opd_daemon.demo.smollm2 import convert_teacher, make_student
+from opd_daemon.demo.story import prompts_file
+from opd_daemon.home import Home
+from opd_daemon.types import Event, EventKind, Plan, Run, RunState
+from tests.tiny import write_tiny_qwen2
+
+SAMPLE_SECONDS = 0.02
+TIMELINE = bool(__import__("os").environ.get("TIMELINE"))
+AIM = 0.1
+
+# Temperature 1 and no EOS in sight: completions are as long as planned.
+COMMON: dict[str, Any] = {"learning_rate": 1e-4, "warmup_steps": 1, "checkpoint_every": 1000, "eval_every": 1000}
+REAL: dict[str, Any] = {**COMMON, "max_validation_prompts": 4, "max_eval_samples": 4, "gradient_accumulation_steps": 1}
+CASES: dict[str, dict[str, Any]] = {
+    "tiny on_policy exact": {
+        "models": "tiny",
+        "num_steps": 150,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_generation_tokens": 32,
+    },
+    "small on_policy sparse": {
+        "models": "small",
+        "num_steps": 25,
+        "batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "max_generation_tokens": 48,
+        "signal": "sparse",
+        "lora": {"rank": 4},
+    },
+    "wide offline exact": {
+        "models": "wide",
+        "trainer": "offline",
+        "num_steps": 20,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_generation_tokens": 64,
+        "divergence": "forward_kl",
+    },
+    "smollm2 on_policy exact": {
+        "models": "smollm2",
+        "num_steps": 4,
+        "batch_size": 8,
+        "max_generation_tokens": 24,
+    },
+    "smollm2 offline sparse": {
+        "models": "smollm2",
+        "trainer": "offline",
+        "num_steps": 6,
+        "batch_size": 4,
+        "max_generation_tokens": 20,
+        "signal": "sparse",
+        "divergence": "forward_kl",
+        "lora": {"rank": 8, "num_layers": 12},
+    },
+    "smollm2 on_policy layerwise": {
+        "models": "smollm2",
+        "num_steps": 3,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 3,
+        "max_generation_tokens": 16,
+        "backward": "layerwise",
+        "lora": {"rank": 32},
+    },
+}
+
+
+@dataclass(slots=True)
+class Peaks:
+    """Most resident bytes of each process seen so far."""
+
+    daemon: int = 0
+    worker: int = 0
+
+    @property
+    def whole(self) -> int:
+        """Of both."""
+        return self.daemon + self.worker
+
+
+class Watcher(threading.Thread):
+    """Looks at the daemon and its workers until it is told to stop."""
+
+    def __init__(self, daemon: psutil.Process) -> None:
+        super().__init__(daemon=True)
+        self.peaks = Peaks()
+        self._daemon = daemon
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """Look."""
+        while not self._stopped.wait(SAMPLE_SECONDS):
+            self.peaks.daemon = max(self.peaks.daemon, self._daemon.memory_info().rss)
+            for child in self._daemon.children():
+                try:
+                    if "opd_daemon.runs.worker_main" in child.cmdline():
+                        self.peaks.worker = max(self.peaks.worker, child.memory_info().rss)
+                except psutil.Error:
+                    continue
+
+    def stop(self) -> Peaks:
+        """What was seen."""
+        self._stopped.set()
+        self.join()
+        return self.peaks
+
+
+def main() -> None:
+    """Plan, run and compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "opd-daemon-bench")
+    parser.add_argument("--parts", action="store_true", help="show phases and parts too")
+    arguments = parser.parse_args()
+    print(f"{'':30} {'time, s':>21}        {'peak memory, MB':>21}")
+    print(f"{'':30} {'planned':>10} {'measured':>10} {'ratio':>6} {'planned':>10} {'measured':>10} {'ratio':>6}")
+    for name in arguments.only:
+        values = dict(CASES[name])
+        student, teacher = models(values.pop("models"), arguments.folder / "models")
+        values |= {"base_model_path": str(student), "teacher_model_path": str(teacher)}
+        values = {**(REAL if "smollm2" in name else COMMON), **prompts(name, arguments.folder), **values}
+        with TemporaryDirectory() as home:  # a daemon that knows nothing of this machine, with an empty cache
+            plan, run, peaks = plan_and_run(values, Path(home))
+        print(row(name, plan, run, peaks), flush=True)
+        if arguments.parts:
+            show_parts(plan, run, peaks)
+
+
+def models(kind: str, folder: Path) -> tuple[Path, Path]:
+    """Student and teacher folders."""
+    if kind == "smollm2":
+        teacher = convert_teacher(folder / "smollm2-135m-instruct", print)
+        return make_student(teacher, folder / "smollm2-135m-instruct-3bit", print), teacher
+    sizes: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+        "tiny": ({}, {"layers": 3}),
+        "small": ({"hidden": 256, "layers": 8, "heads": 8, "kv_heads": 4}, {"hidden": 384, "layers": 10, "heads": 8}),
+        "wide": ({"hidden": 512, "layers": 5, "heads": 8, "vocab": 16_384}, {"hidden": 768, "layers": 7, "heads": 12}),
+    }
+    student, teacher = sizes[kind]
+    width = {"vocab": student["vocab"]} if "vocab" in student else {}
+    return (
+        write_tiny_qwen2(folder / f"{kind}-student", seed=2, **student),
+        write_tiny_qwen2(folder / f"{kind}-teacher", seed=1, **{**teacher, **width}),
+    )
+
+
+def prompts(name: str, folder: Path) -> dict[str, str]:
+    """Files of prompts."""
+    if "smollm2" in name:
+        return {
+            "prompts_path": str(prompts_file("train.jsonl")),
+            "validation_prompts_path": str(prompts_file("held_out.jsonl")),
+        }
+    file = folder / "prompts.jsonl"
+    rows = [{"prompt": f"Tell me about the number {number}, and about {3 * number} too."} for number in range(60)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {"prompts_path": str(file)}
+
+
+def plan_and_run(values: dict[str, Any], home: Path) -> tuple[Plan, Run, Peaks]:
+    """The plan, the finished run and what it took of memory."""
+    with LocalDaemon(Home(home)) as daemon, daemon.client() as client:
+        planned, _ = client.create_run(values, validate_only=True)
+        assert planned.plan is not None
+        (process,) = [child for child in psutil.Process().children() if "opd_daemon.cli" in child.cmdline()]
+        watcher = Watcher(process)
+        watcher.start()
+        run = finished(client, values)
+        return planned.plan, run, watcher.stop()
+
+
+def finished(client: Client, values: dict[str, Any]) -> Run:
+    """Do the run."""
+    run, revision = client.create_run(values)
+    for item in client.watch(revision, run.run_id):
+        if TIMELINE and isinstance(item, Event) and item.kind not in (EventKind.SAMPLE, EventKind.LOG):
+            known = {key: item.payload[key] for key in ("state", "step", "seconds", "step_milliseconds", "rollout_milliseconds", "teacher_milliseconds", "student_milliseconds") if key in item.payload}
+            print("      ", item.time.strftime("%H:%M:%S.%f")[:-4], item.kind.value, known)
+        if isinstance(item, Event) and item.kind is EventKind.RUN_STATE and RunState(item.payload["state"]).resting:
+            break
+    run, _ = client.run(run.run_id)
+    if run.state is not RunState.SUCCEEDED:
+        raise RuntimeError(f"{run.run_id} ended {run.state}: {run.error_message}")
+    return run
+
+
+def row(name: str, plan: Plan, run: Run, peaks: Peaks) -> str:
+    """One line of the table."""
+    assert run.started_at is not None
+    assert run.finished_at is not None
+    seconds = (run.finished_at - run.started_at).total_seconds()
+    time_ratio, memory_ratio = plan.seconds / seconds, plan.peak_bytes / peaks.whole
+    numbers = f"{plan.seconds:10.1f} {seconds:10.1f} {time_ratio:6.2f} {plan.peak_bytes / 1e6:10.0f}"
+    marks = "".join("." if abs(ratio - 1) <= AIM else "!" for ratio in (time_ratio, memory_ratio))
+    return f"{name:30} {numbers} {peaks.whole / 1e6:10.0f} {memory_ratio:6.2f} {marks}"
+
+
+def show_parts(plan: Plan, run: Run, peaks: Peaks) -> None:
+    """What the plan is made of."""
+    print("   ", ", ".join(f"{name} {seconds:.1f}" for name, seconds in plan.phases), "calibrated", plan.calibrated)
+    print("    measured daemon", peaks.daemon // 10**6, "worker", peaks.worker // 10**6, end="; planned ")
+    print(plan.daemon_peak_bytes // 10**6, plan.worker_peak_bytes // 10**6)
+    print("   ", ", ".join(f"{part.process}/{part.name} {part.bytes / 1e6:.0f}" for part in plan.memory))
+    print("   ", {name: round(value, 3) for name, value in run.latest_metrics.items() if "milliseconds" in name})
+
+
+if __name__ == "__main__":
+    started = time.perf_counter()
+    main()
+    print(f"{time.perf_counter() - started:.0f} s")

@@ -1,0 +1,280 @@
+"""What a run computes, phase by phase, in sequences and tokens: the part of a plan no machine changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from opd_daemon.config import RunConfig
+from opd_daemon.distill.data import Row, split_rows, tokenise
+from opd_daemon.models.folder import read_folder
+
+if TYPE_CHECKING:
+    from opd_daemon.trainer import TrainerInfo
+
+Kind = Literal["sample", "write", "score", "learn", "update", "compare"]
+Phase = Literal["load", "rollout", "score", "train", "evaluate", "checkpoint"]
+
+PHASES: tuple[Phase, ...] = ("load", "rollout", "score", "train", "evaluate", "checkpoint")
+
+# Prompts that are tokenised to learn how long they are.
+SAMPLED_ROWS = 128
+SIMULATED_STEPS = 16
+LENGTH_MULTIPLE = 16
+# Sequences decoded at once, by the student and by the teacher.
+STUDENT_DECODES, TEACHER_DECODES = 64, 32
+# Held-out prompts whose answers are shown.
+SHOWN_ANSWERS = 3
+# What both models are checked on before training: completions of the teacher, and so many tokens of the student.
+CHECKED, CHECKED_TOKENS = 4, 12
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A batch through a model: `sequences` padded to `length` tokens, `rows` of them through the head."""
+
+    sequences: float
+    length: float
+    rows: float
+
+    @property
+    def tokens(self) -> float:
+        """Positions, padding included."""
+        return self.sequences * self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """`sequences` continued together by `tokens` each, behind prompts of which `prompts` differ."""
+
+    sequences: float
+    prompt: float
+    tokens: float
+    prompts: float
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """An optimizer update of `micro_batches` accumulated gradients."""
+
+    micro_batches: float
+
+
+Item = Forward | Decode | Update
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Something the run does `count` times, in a phase."""
+
+    phase: Phase
+    kind: Kind
+    item: Item
+    count: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lengths:
+    """Tokens of the prompts, training and held out, and of the data's own completions, EOS included; 0 where none."""
+
+    train: tuple[int, ...]
+    completions: tuple[int, ...]
+    held_out: tuple[int, ...]
+    train_count: int
+
+    @property
+    def longest(self) -> int:
+        """The longest prompt seen."""
+        return max((*self.train, *self.held_out))
+
+
+def measure_lengths(config: RunConfig) -> Lengths:
+    """Tokenise rows of a run as the run will, evenly chosen ones where there are many.
+
+    Raises:
+        OpdError: INVALID_RUN_CONFIG for faulty rows, MODEL_NOT_FOUND for a folder that can't be read.
+    """
+    from transformers import AutoTokenizer
+
+    train, held_out = split_rows(config)
+    folder = read_folder(Path(config.base_model_path))
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    chosen = _evenly(train, SAMPLED_ROWS)
+    prompts = [tokenise(row, index, tokenizer, folder.eos_token_ids or (0,)) for index, row in enumerate(chosen)]
+    others = [tokenise(row, 0, tokenizer, folder.eos_token_ids or (0,)) for row in _evenly(held_out, SAMPLED_ROWS)]
+    return Lengths(
+        tuple(len(prompt.token_ids) for prompt in prompts),
+        tuple(min(len(prompt.reference_ids or ()), config.max_generation_tokens) for prompt in prompts),
+        tuple(len(others[place % len(others)].token_ids) for place in range(len(held_out))),
+        len(train),
+    )
+
+
+def _evenly(rows: Sequence[Row], count: int) -> list[Row]:
+    step = max(1.0, len(rows) / count)
+    return [rows[int(place * step)] for place in range(min(count, len(rows)))]
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """Whose completions are trained on, and what they cost.
+
+    on_policy: share of steps whose completions the student samples. writes: the others are written by the teacher
+    rather than given. scores: the teacher scores them. samples_per_prompt, prefix_tokens: as the trainer's options.
+    """
+
+    on_policy: float
+    writes: bool
+    scores: bool
+    samples_per_prompt: int = 1
+    prefix_tokens: int = 0
+
+    @classmethod
+    def of(cls, config: RunConfig, trainer: TrainerInfo) -> Regime:
+        """The regime of a trainer with the options it is given."""
+        options = trainer.options.model_validate(config.trainer_options)
+        sources = trainer.sources(config, options)
+        return cls(
+            on_policy=sources.get("student", 0.0),
+            writes=sources.get("teacher", 0.0) > 0,
+            scores=trainer.uses_teacher and config.kl_weight > 0,
+            samples_per_prompt=int(getattr(options, "samples_per_prompt", 1)),
+            prefix_tokens=int(getattr(options, "prefix_tokens", 0)),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Workload:
+    """Everything a run does. largest: the micro-batch that takes the most memory; context: the longest sequence."""
+
+    config: RunConfig
+    regime: Regime
+    lengths: Lengths
+    tasks: tuple[Task, ...]
+    largest: Forward
+    context: int
+
+    @property
+    def step_sequences(self) -> int:
+        """Sequences in an optimizer step."""
+        return self.config.batch_size * self.config.gradient_accumulation_steps
+
+
+def workload_of(config: RunConfig, regime: Regime, lengths: Lengths) -> Workload:
+    """Work out a run's tasks. Completions are taken to be as long as they may be, those of the data as they are."""
+    given = regime.on_policy == 0 and not regime.writes and any(lengths.completions)
+    trained = [length or config.max_generation_tokens for length in lengths.completions]
+    if not given:
+        trained = [config.max_generation_tokens] * len(lengths.train)
+    if regime.prefix_tokens:
+        trained = [min(length, regime.prefix_tokens) for length in trained]
+    pairs = list(zip(lengths.train, trained, strict=True))
+    batches = _micro_batches(config, regime, pairs)
+    widest = _padded(max(prompt + completion for prompt, completion in pairs))
+    largest = Forward(config.batch_size, widest, config.batch_size * max(trained))
+    tasks = (
+        *_rollouts(config, regime, lengths),
+        *_scoring(config, regime, lengths, pairs),
+        *(Task("train", "learn", batch, config.num_steps / SIMULATED_STEPS) for batch in batches),
+        Task("train", "update", Update(len(batches) / SIMULATED_STEPS), config.num_steps),
+        *_evaluation(config, lengths),
+    )
+    context = max(lengths.longest + config.max_generation_tokens, widest)
+    return Workload(config, regime, lengths, tasks, largest, context)
+
+
+def _micro_batches(config: RunConfig, regime: Regime, pairs: list[tuple[int, int]]) -> list[Forward]:
+    """Those of a few simulated steps: drawn prompts, sequences of like length together."""
+    drawn = np.random.default_rng(0)
+    size, per_prompt = config.batch_size * config.gradient_accumulation_steps, regime.samples_per_prompt
+    batches = []
+    for _ in range(SIMULATED_STEPS):
+        places = np.repeat(drawn.integers(0, len(pairs), max(1, size // per_prompt)), per_prompt)
+        ordered = sorted((pairs[place] for place in places), key=sum)
+        while ordered:
+            count = _fitting(config, [prompt + completion for prompt, completion in ordered])
+            part, ordered = ordered[:count], ordered[count:]
+            width = _padded(max(prompt + completion for prompt, completion in part))
+            batches.append(Forward(len(part), width, sum(completion for _, completion in part)))
+    return batches
+
+
+def _fitting(config: RunConfig, lengths: list[int]) -> int:
+    """How many of these sequences, in order of length, go into a micro-batch."""
+    count = min(config.batch_size, len(lengths))
+    while config.max_batch_tokens and count > 1 and count * _padded(lengths[count - 1]) > config.max_batch_tokens:
+        count -= 1
+    return count
+
+
+def _rollouts(config: RunConfig, regime: Regime, lengths: Lengths) -> list[Task]:
+    size = config.batch_size * config.gradient_accumulation_steps
+    prompt, tokens = float(np.mean(lengths.train)), config.max_generation_tokens
+    tasks = []
+    if regime.on_policy:
+        tokens = min(tokens, regime.prefix_tokens or tokens)
+        calls = -(-size // STUDENT_DECODES)
+        item = Decode(size / calls, prompt, tokens, size / calls / regime.samples_per_prompt)
+        tasks.append(Task("rollout", "sample", item, regime.on_policy * config.num_steps * calls))
+    if regime.on_policy < 1 and regime.writes:
+        distinct = min(lengths.train_count, (1 - regime.on_policy) * config.num_steps * size)
+        together = min(TEACHER_DECODES, distinct)
+        tasks.append(Task("rollout", "write", Decode(together, prompt, tokens, together), distinct / together))
+    return tasks
+
+
+def _scoring(config: RunConfig, regime: Regime, lengths: Lengths, pairs: list[tuple[int, int]]) -> list[Task]:
+    if not regime.scores:
+        return []
+    size = config.batch_size * config.gradient_accumulation_steps
+    sequences = config.num_steps * size
+    fresh = regime.on_policy * sequences
+    others = sequences - fresh
+    # A completion that doesn't depend on the student is scored once and then found in the cache.
+    fresh += min(others, lengths.train_count) if config.use_cache else others
+    prompt = float(np.mean([pair[0] for pair in pairs]))
+    rows = float(np.mean([pair[1] for pair in pairs]))
+    # What samples of one prompt begin with is computed once.
+    length = rows + prompt / regime.samples_per_prompt
+    return [Task("score", "score", Forward(size, length, size * rows), fresh / size)]
+
+
+def _evaluation(config: RunConfig, lengths: Lengths) -> list[Task]:
+    count, tokens = len(lengths.held_out), config.max_generation_tokens
+    times = config.num_steps // config.eval_every + 1 + (config.num_steps % config.eval_every > 0)
+    prompt = float(np.mean(lengths.held_out))
+    together = min(TEACHER_DECODES, count)
+    batches = -(-count // config.batch_size)
+    size = count / batches
+    width = _padded(prompt + tokens)
+    scored = Forward(size, prompt + tokens, size * tokens)
+    compared = Forward(size, width, size * tokens)
+    tasks = [
+        Task("evaluate", "write", Decode(together, prompt, tokens, together), count / together),
+        # From the second time on the cache has the answers.
+        Task("evaluate", "score", scored, batches if config.use_cache else batches * times),
+        Task("evaluate", "compare", compared, batches * times),
+        Task("evaluate", "sample", Decode(min(SHOWN_ANSWERS, count), prompt, tokens, min(SHOWN_ANSWERS, count)), 2),
+    ]
+    checked = min(CHECKED, count)
+    tasks += [
+        Task("evaluate", "score", Forward(checked, prompt + tokens, checked * tokens)),
+        Task("evaluate", "sample", Decode(checked, prompt, min(tokens, CHECKED_TOKENS), checked)),
+    ]
+    if own := min(config.max_eval_samples, count):
+        batches = -(-own // config.batch_size)
+        size = own / batches
+        tasks += [
+            Task("evaluate", "sample", Decode(own, prompt, tokens, own), times),
+            Task("evaluate", "score", Forward(size, prompt + tokens, size * tokens), batches * times),
+            Task("evaluate", "compare", Forward(size, width, size * tokens), batches * times),
+        ]
+    return tasks
+
+
+def _padded(length: float) -> int:
+    return int(-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
