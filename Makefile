@@ -13,7 +13,7 @@ GENERATED := opd_daemon/v1
 # protobuf < 7, which the project itself does not, hence an environment of its own.
 GENERATOR := grpcio-tools==1.74.0 mypy-protobuf==5.1.0
 
-.PHONY: demo test check bench bench-env proto baseline clean openblas
+.PHONY: demo test check bench bench-env bench-trl bench-peft proto baseline clean openblas
 
 demo: $(VENV)/.installed openblas
 	$(BIN)/opd demo
@@ -31,8 +31,23 @@ check: $(VENV)/.installed-dev $(PROTO_VENV)/.installed
 	$(call generate_stubs,build/stubs)
 	diff --recursive --exclude=__pycache__ build/stubs/$(GENERATED) $(GENERATED)
 
+# One after the other, each a ratio in one run; `make bench-trl` and `make bench-peft` need the bench environment.
 bench: $(VENV)/.installed-dev openblas
 	$(BIN)/python bench/serving.py
+	$(BIN)/python bench/exact_loss.py
+	$(BIN)/python bench/student_step.py
+	$(BIN)/python bench/rollouts.py
+	$(BIN)/python bench/prompt_reuse.py
+	$(BIN)/python bench/exact_rpc.py
+	$(BIN)/python bench/warm_cache.py
+	$(BIN)/python bench/on_policy_step.py
+	$(BIN)/python bench/plan.py
+
+bench-trl: $(VENV)/.installed-dev openblas bench-env
+	$(BIN)/python bench/whole_run.py
+
+bench-peft: $(VENV)/.installed-dev openblas bench-env
+	$(BIN)/python bench/peft_logits.py
 
 # Torch, PEFT and TRL, which two benchmarks compare with, in an environment of their own (more than a gigabyte).
 bench-env: .venv-bench/.installed

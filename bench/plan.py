@@ -28,7 +28,6 @@ from opd_daemon.types import Event, EventKind, Plan, Run, RunState
 from tests.tiny import write_tiny_qwen2
 
 SAMPLE_SECONDS = 0.02
-TIMELINE = bool(__import__("os").environ.get("TIMELINE"))
 AIM = 0.1
 
 # Temperature 1 and no EOS in sight: completions are as long as planned.
@@ -112,7 +111,7 @@ class Watcher(threading.Thread):
 
     def run(self) -> None:
         """Look."""
-        while not self._stopped.wait(SAMPLE_SECONDS):
+        while not self._stopped.wait(SAMPLE_SECONDS) and self._daemon.is_running():
             self.peaks.daemon = max(self.peaks.daemon, self._daemon.memory_info().rss)
             for child in self._daemon.children():
                 try:
@@ -196,9 +195,6 @@ def finished(client: Client, values: dict[str, Any]) -> Run:
     """Do the run."""
     run, revision = client.create_run(values)
     for item in client.watch(revision, run.run_id):
-        if TIMELINE and isinstance(item, Event) and item.kind not in (EventKind.SAMPLE, EventKind.LOG):
-            known = {key: item.payload[key] for key in ("state", "step", "seconds", "step_milliseconds", "rollout_milliseconds", "teacher_milliseconds", "student_milliseconds") if key in item.payload}
-            print("      ", item.time.strftime("%H:%M:%S.%f")[:-4], item.kind.value, known)
         if isinstance(item, Event) and item.kind is EventKind.RUN_STATE and RunState(item.payload["state"]).resting:
             break
     run, _ = client.run(run.run_id)

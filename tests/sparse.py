@@ -45,6 +45,7 @@ def write_sparse_model(
     write_tokenizer(path, tiny_tokenizer(), 32_768)
     matrices = {"model.embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden)}
     vectors = {"model.norm.weight": hidden}
+    attention = {"q_proj": heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * head_dim}
     for layer in range(layers):
         block = f"model.layers.{layer}"
         for name, rows, columns in (
@@ -58,6 +59,7 @@ def write_sparse_model(
         ):
             matrices[f"{block}.{name}"] = (rows, columns)
         vectors |= {f"{block}.input_layernorm.weight": hidden, f"{block}.post_attention_layernorm.weight": hidden}
+        vectors |= {f"{block}.self_attn.{name}.bias": size for name, size in attention.items()}
     tensors: dict[str, tuple[str, list[int], int]] = {name: ("BF16", [size], 2) for name, size in vectors.items()}
     for name, (rows, columns) in matrices.items():
         if not bits:

@@ -149,7 +149,10 @@ def test_a_divergence_from_its_own_package_is_found(install: Install) -> None:
     [
         (DIVERGENCE.format(name="jsd", signals=("exact",)), "divergence 'jsd' is offered by another plugin, or by opd"),
         (DIVERGENCE.format(name="no name", signals=("exact",)), "is no name"),
-        (DIVERGENCE.format(name="renyi", signals=("half",)), "has signals ('half',); give some of exact, sparse"),
+        (
+            DIVERGENCE.format(name="renyi", signals=("half",)),
+            "has signals ('half',); give some of exact, sampled, sparse",
+        ),
         (DIVERGENCE.format(name="renyi", signals=()), "has signals ()"),
         ("from opd_daemon import hookimpl\n@hookimpl\ndef opd_divergences(): return ['kl']", "DivergenceInfo"),
     ],

@@ -80,8 +80,8 @@ def compare_templates(student: Path, teacher: Path) -> str:
 
 def difference(ours: str, theirs: str) -> str:
     """The first few places where two renderings differ, `'ours' / 'theirs'`; empty when they don't."""
-    words = [re.findall(r"\w+|\W", text) for text in (ours, theirs)]
-    matcher = SequenceMatcher(None, *words, autojunk=False)
+    words: list[list[str]] = [re.findall(r"\w+|\W", text) for text in (ours, theirs)]
+    matcher = SequenceMatcher(None, words[0], words[1], autojunk=False)
     changes = [entry for entry in matcher.get_opcodes() if entry[0] != "equal"]
     shown = [
         f"{_shown(words[0][start:end])} / {_shown(words[1][other:until])}"

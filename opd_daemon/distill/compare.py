@@ -87,7 +87,7 @@ class Comparison:
         speak: Answering,
         report: Report,
     ) -> None:
-        limit_memory()
+        limit_memory(config.worker_memory_limit_bytes)
         self._request = request
         self._config = config
         self._adapters = adapters

@@ -182,7 +182,7 @@ def _batches(model: Any) -> bool:
 def _prefill(model: Any, prompts: Sequence[tuple[int, ...]]) -> list[Any]:
     """Caches with a row per prompt, holding all its tokens but the last."""
     unique = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
-    cache = make_prompt_cache(model)
+    cache: list[Any] = make_prompt_cache(model)
     if len(prompts) > 1:
         cache = [entry.merge([entry] * len(unique)) for entry in cache]
     for chunk in _chunks([prompt[:-1] for prompt in unique], cache):

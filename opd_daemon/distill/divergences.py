@@ -212,7 +212,7 @@ class ReverseKl(FormulaDivergence):
     A sampled token y has the value log s(y) − log t(y), whose mean over samples is the reverse KL, and as gradient the
     score function's (log s − log t − b)·∇log s(y), whose mean is the reverse KL's gradient for every b that doesn't
     depend on y. baseline: b is the mean of the value, the reverse KL itself, in closed form from the support the
-    signal brings (Oh et al. 2026, arXiv:2605.07865); what all tokens share of it no longer makes noise, and no critic is trained.
+    signal brings (Oh et al. 2026, arXiv:2605.07865); what all tokens of a position share makes no noise any more.
     importance_clip: tokens of an older student are weighed by s / behaviour, at most this (truncated importance
     sampling); above it the weight stays there.
     """

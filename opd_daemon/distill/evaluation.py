@@ -187,8 +187,10 @@ def criterion(config: RunConfig, trainer: TrainerInfo | None = None) -> str:
     """
     if config.kl_weight == 0 or (trainer is not None and not trainer.uses_teacher):
         return "forward_kl"
-    end = {0: "forward_kl", 1: "reverse_kl"}.get(config.divergence_options.get("beta", 0.5))
-    return end or MEASURED.get(config.divergence, "js_divergence")
+    if config.divergence == "jsd":  # its ends are the two KLs
+        beta = config.divergence_options.get("beta", 0.5)
+        return {0: "forward_kl", 1: "reverse_kl"}.get(beta, "js_divergence")
+    return MEASURED.get(config.divergence, "js_divergence")
 
 
 def by_position(completions: Sequence[Columns]) -> PositionCurve:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from opd_daemon.config import RunConfig
 from opd_daemon.distill.activations import block_bytes, kept_blocks
@@ -15,14 +15,13 @@ from opd_daemon.types import PlannedBytes
 MIB = 1 << 20
 GIB = 1 << 30
 
-# What Python, MLX, numpy, gRPC and the tokenizer take in each process.
-DAEMON_PROCESS_BYTES = 155 * MIB
-WORKER_PROCESS_BYTES = 205 * MIB
+# What Python, MLX, numpy, gRPC and the tokenizer take in each process; in the worker also what draws the report.
+DAEMON_PROCESS_BYTES = 134 * MIB
+WORKER_PROCESS_BYTES = 196 * MIB
 
-# Freed buffers that MLX keeps for reuse: at most these, and in practice this share of what the work itself takes.
+# Freed buffers that MLX keeps for reuse, at most. What the work of one moment leaves behind seldom suits another's.
 DAEMON_CACHE_BYTES = GIB
 WORKER_CACHE_BYTES = 2 * GIB
-CACHED_SHARE = 0.5
 
 # The daemon scores this many tokens together, in pieces of a sequence, and its head works on so many bytes of logits.
 SCORED_TOKENS = 2048
@@ -31,15 +30,19 @@ DAEMON_CHUNK_BYTES = 64 * MIB
 # Logits of one chunk of rows in the worker.
 WORKER_CHUNK_BYTES = 28 * MIB
 
-# Alive at once while one chunk is worked on, in units of the chunk: logits, teacher's logits, differences, gradient.
-EXACT_COPIES = 6
-SPARSE_COPIES = 4
-SCORED_COPIES = 3
+# Alive at once while one chunk is worked on, in units of the chunk. Training reuses the student's logits for their
+# gradient; evaluating compares every measure of both.
+SCORED_COPIES = 1.5
+EXACT_COPIES = 2
+SPARSE_COPIES = 2
+COMPARED_COPIES = 5
 
-# A forward keeps this many arrays of the block's widest layer alive while nothing needs a gradient.
-FORWARD_ARRAYS = 4
-# Caches grow by copying.
-CACHE_COPIES = 1.5
+# A forward without a gradient holds so many arrays of the feed-forward part's width and of the model's.
+INNER_ARRAYS, HIDDEN_ARRAYS = 6, 4
+# Key-value caches are taken in steps of so many tokens. Growing and joining, layer by layer, they leave buffers behind
+# that nothing else needs, in units of the cache.
+CACHE_STEP = 256
+CACHE_LEFTOVERS = 4
 
 OPTIMIZER_MOMENTS = {"adamw": 2.0, "adam": 2.0, "lion": 1.0, "muon": 1.0, "sgd": 0.0, "adafactor": 0.1}
 
@@ -60,26 +63,24 @@ def daemon_parts(work: Workload, pair: Pair) -> list[Part]:
     """What the daemon holds while it teaches."""
     teacher = pair.teacher
     together = max(1, min(work.step_sequences, SCORED_TOKENS // max(1, work.context)))
-    piece = min(work.context, SCORED_PIECE) if work.context > SCORED_PIECE else work.context
-    widest = max(teacher.inner * 3, teacher.hidden * FORWARD_ARRAYS, 2 * teacher.heads * teacher.head_dim)
-    attention = 4 * together * teacher.heads * piece * work.context * 2
+    piece = min(work.context, SCORED_PIECE)
+    widest = teacher.value_bytes * (INNER_ARRAYS * teacher.inner + HIDDEN_ARRAYS * teacher.hidden)
+    attention = 8 * teacher.heads * work.context if pair.on_host else 0
+    activations = together * piece * (widest + attention)
+    logits = SCORED_COPIES * _chunk(DAEMON_CHUNK_BYTES, teacher.width, together * piece)
+    decoded = min(TEACHER_DECODES, max(len(work.lengths.held_out), work.step_sequences if work.regime.writes else 0))
+    decoding = decoded * _cached(work.context) * teacher.kv_bytes()
     parts = [
         Part("daemon", "process", DAEMON_PROCESS_BYTES),
         Part("daemon", "teacher weights", teacher.weight_bytes),
-        Part(
-            "daemon",
-            "scoring activations",
-            together * piece * widest * teacher.value_bytes + attention,
-            frozenset({"score"}),
-        ),
-        Part("daemon", "logits chunk", SCORED_COPIES * _chunk(DAEMON_CHUNK_BYTES, teacher.width, together * piece)),
+        Part("daemon", "scoring activations", activations, frozenset({"score"})),
+        Part("daemon", "logits chunk", int(logits), frozenset({"score"})),
+        Part("daemon", "head for the worker", teacher.head_bytes, frozenset({"load"})),
+        Part("daemon", "generation KV", decoding, frozenset({"write"})),
     ]
     if work.context > SCORED_PIECE:
         parts.append(Part("daemon", "scoring KV", together * work.context * teacher.kv_bytes(), frozenset({"score"})))
-    decoded = min(TEACHER_DECODES, max(len(work.lengths.held_out), work.step_sequences if work.regime.writes else 0))
-    decoding = int(decoded * work.context * teacher.kv_bytes() * CACHE_COPIES)
-    parts.append(Part("daemon", "generation KV", decoding, frozenset({"write"})))
-    return [*parts, _buffers("daemon", parts, DAEMON_CACHE_BYTES)]
+    return [*parts, _buffers(parts, CACHE_LEFTOVERS * decoding, DAEMON_CACHE_BYTES)]
 
 
 def worker_parts(work: Workload, pair: Pair, memory_bytes: int) -> list[Part]:
@@ -87,29 +88,28 @@ def worker_parts(work: Workload, pair: Pair, memory_bytes: int) -> list[Part]:
     student, config = pair.student, work.config
     state = 4 * pair.adapter * (3 + OPTIMIZER_MOMENTS[config.optimizer])  # weights, two sets of gradients, moments
     rows = int(work.largest.rows)
+    chunk = _chunk(WORKER_CHUNK_BYTES, student.width, rows)
     copies = EXACT_COPIES if pair.exact else SPARSE_COPIES
+    sampled = min(STUDENT_DECODES, work.step_sequences) if work.regime.on_policy else 0
+    shown = min(config.max_eval_samples, len(work.lengths.held_out), STUDENT_DECODES)
+    decoding = max(sampled, shown) * _cached(work.context) * student.kv_bytes()
+    activations = activation_bytes(work, pair, memory_bytes)
     parts = [
         Part("worker", "process", WORKER_PROCESS_BYTES),
         Part("worker", "student weights", student.weight_bytes),
+        # Evaluation is exact whatever is trained, so the head is always there.
+        Part("worker", "teacher head", pair.teacher.head_bytes),
+        Part("worker", "teacher head, as sent", pair.teacher.head_bytes, frozenset({"load"})),
         Part("worker", "adapter and optimizer", int(state)),
-        Part("worker", "activations", activation_bytes(work, pair, memory_bytes), frozenset({"train"})),
-        Part(
-            "worker",
-            "logits chunk",
-            copies * _chunk(WORKER_CHUNK_BYTES, student.width, rows),
-            frozenset({"train", "evaluate"}),
-        ),
-        Part("worker", "teacher targets", _target_bytes(config, pair, rows), frozenset({"train"})),
+        Part("worker", "activations", activations, frozenset({"train"})),
+        Part("worker", "logits chunk", copies * chunk, frozenset({"train"})),
+        Part("worker", "teacher targets", _target_bytes(work, pair, rows), frozenset({"train"})),
+        Part("worker", "logits compared", COMPARED_COPIES * chunk, frozenset({"evaluate"})),
+        Part("worker", "rollout KV", decoding, frozenset({"rollout"})),
     ]
     if pair.stored_bytes != student.weight_bytes:
         parts.append(Part("worker", "weights as stored", pair.stored_bytes, frozenset({"load"})))
-    if pair.exact:
-        parts.append(Part("worker", "teacher head", pair.teacher.head_bytes))
-    sampled = min(STUDENT_DECODES, work.step_sequences) if work.regime.on_policy else 0
-    shown = min(config.max_eval_samples, len(work.lengths.held_out), STUDENT_DECODES)
-    decoding = max(sampled, shown) * (work.context * student.kv_bytes() * CACHE_COPIES + 8 * student.width)
-    parts.append(Part("worker", "rollout KV", int(decoding), frozenset({"rollout"})))
-    return [*parts, _buffers("worker", parts, WORKER_CACHE_BYTES)]
+    return [*parts, _buffers(parts, CACHE_LEFTOVERS * decoding, WORKER_CACHE_BYTES)]
 
 
 def activation_bytes(work: Workload, pair: Pair, memory_bytes: int) -> int:
@@ -131,14 +131,17 @@ def peak(parts: Iterable[Part]) -> int:
 def disk_parts(work: Workload, pair: Pair) -> list[PlannedBytes]:
     """What stays on disk: cache entries of every scored position, checkpoints, rollouts, and the report."""
     config = work.config
-    scores = [task for task in work.tasks if task.kind == "score"]
-    scored = sum(task.count * task.item.rows for task in scores if isinstance(task.item, Forward))
+    cached = 0.0
+    for task in work.tasks:
+        if task.kind == "score" and isinstance(task.item, Forward):
+            each = hidden_bytes(pair) if task.phase == "evaluate" else position_bytes(config, pair)
+            cached += task.count * task.item.rows * each
     state = 4 * pair.adapter
     moments = OPTIMIZER_MOMENTS[config.optimizer]
     checkpoints = (1 + moments) * state * (1 if config.save_best_only else config.keep_last_n) + 2 * state
     rollouts = config.num_steps * work.step_sequences * (80 + 11 * config.max_generation_tokens)
     parts = {
-        "teacher cache": scored * position_bytes(config, pair) if config.use_cache else 0,
+        "teacher cache": cached if config.use_cache else 0,
         "checkpoints": checkpoints,
         "rollouts": rollouts,
         "metrics and report": 2 * MIB + config.num_steps * 2500,
@@ -147,26 +150,35 @@ def disk_parts(work: Workload, pair: Pair) -> list[PlannedBytes]:
 
 
 def position_bytes(config: RunConfig, pair: Pair) -> float:
-    """Bytes of one scored position in the teacher's cache."""
-    facts = 12 + (4 if config.temperature != 1 else 0)
+    """Bytes of one position scored for training in the teacher's cache."""
     if pair.exact:
-        return facts + pair.teacher.hidden * pair.teacher.value_bytes
-    if config.signal == "sampled":
-        return facts
-    ids = config.top_k
-    return facts + 8 * ids + 4
+        return hidden_bytes(pair)
+    facts = 12 + (4 if config.temperature != 1 else 0)
+    return facts if config.signal == "sampled" else facts + 8 * config.top_k + 4
 
 
-def _target_bytes(config: RunConfig, pair: Pair, rows: int) -> int:
-    sequences = config.gradient_accumulation_steps  # the targets of the whole step are there while it trains
-    return int(rows * sequences * position_bytes(config, pair) * 2)
+def hidden_bytes(pair: Pair) -> float:
+    """Bytes of one position whose hidden state is kept, as evaluation always needs it."""
+    return pair.teacher.hidden * pair.teacher.value_bytes
+
+
+def _target_bytes(work: Workload, pair: Pair, rows: int) -> int:
+    """Of the whole step: they are there while it trains, as they came and as arrays."""
+    if not work.regime.scores:
+        return 0
+    return int(2 * rows * work.config.gradient_accumulation_steps * position_bytes(work.config, pair))
 
 
 def _chunk(limit: int, width: int, rows: int) -> int:
     return min(max(limit, 16 * width * 4), rows * width * 4)
 
 
-def _buffers(process: str, parts: Iterable[Part], limit: int) -> Part:
-    """Freed buffers MLX keeps: they come from what isn't there all the time."""
-    passing = sum(part.bytes for part in parts if part.during)
-    return Part(process, "buffers kept", min(limit, int(CACHED_SHARE * passing)))
+def _cached(context: int) -> int:
+    """Tokens a key-value cache has room for."""
+    return -(-context // CACHE_STEP) * CACHE_STEP
+
+
+def _buffers(parts: Sequence[Part], leftovers: int, limit: int) -> Part:
+    """Freed buffers MLX keeps: those of the moments that don't take the most."""
+    moments = [sum(part.bytes for part in parts if moment in part.during) for moment in get_args(Moment)]
+    return Part(parts[0].process, "buffers kept", min(limit, sum(moments) - max(moments) + leftovers))

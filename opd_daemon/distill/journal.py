@@ -113,5 +113,6 @@ class Journal:
         return (folders.train_metrics, folders.eval_metrics, folders.rollouts, folders.samples)
 
     def _write(self, path: Path, kind: EventKind, payload: dict[str, Any]) -> None:
-        append_line(path, json.dumps(payload))
-        self.reporter.event(kind, payload)
+        line = json.dumps(payload)
+        append_line(path, line)
+        self.reporter.event(kind, json.loads(line))  # the same plain values in both places

@@ -132,8 +132,8 @@ class TrainingLoop:
     @property
     def seconds_remaining(self) -> float:
         """Estimate from the recent steps and the evaluations."""
-        done, total = self.progress.step, self.config.num_steps
-        evaluations = sum(self._evaluates_at(step) for step in range(done + 1, total + 1))
+        done, total, every = self.progress.step, self.config.num_steps, self.config.eval_every
+        evaluations = -(-total // every) - done // every if done < total else 0
         return self._pace.seconds(total - done, self._rollouts_remaining, evaluations)
 
     @property

@@ -21,12 +21,15 @@ class MemoryReading:
     peak_bytes: int
 
 
-def limit_memory(cache_bytes: int = CACHE_BYTES) -> None:
+def limit_memory(limit_bytes: int = 0, cache_bytes: int = CACHE_BYTES) -> None:
     """Bound MLX's buffer cache and keep mlx-lm from wiring three quarters of the machine's memory.
 
     Without a bound the cache of a training process grows until the machine swaps. Wiring is refused because the
-    teacher's process needs the same memory.
+    teacher's process needs the same memory. limit_bytes: MLX's own limit, 0 for its default; beyond it MLX waits for
+    memory to come back, and fails when the machine has no more.
     """
+    if limit_bytes:
+        mx.set_memory_limit(limit_bytes)
     mx.set_cache_limit(cache_bytes)
     for name in WIRING_MODULES:
         module = importlib.import_module(name)

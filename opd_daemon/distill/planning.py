@@ -44,6 +44,9 @@ WORTH_SAVING = 0.15
 # Four bits in groups of 64, with a scale and a bias of 16 bits each.
 QUANTISED_BITS = 4.5
 
+# Held-out prompts that still tell something.
+FEW_HELD_OUT = 8
+
 SAVE_SECONDS = 0.05
 STEP_SECONDS = 0.02
 WRITTEN_BYTES_PER_SECOND = 3e8
@@ -149,7 +152,7 @@ class RunFacts:
         teacher = 0.0 if self.loaded else pair.teacher.weight_bytes * (1 / rates.read_bytes + 1 / rates.hash_bytes)
         # The base is fingerprinted before and after training.
         student = pair.stored_bytes / rates.read_bytes + 2 * pair.student.weight_bytes / rates.hash_bytes
-        return rates.start + teacher + student + pair.exact * pair.teacher.head_bytes / WIRE_BYTES_PER_SECOND
+        return rates.start + teacher + student + pair.teacher.head_bytes / WIRE_BYTES_PER_SECOND
 
     def _saving(self) -> float:
         config, adapter = self.config, 4 * self.pair.adapter
@@ -270,8 +273,7 @@ def _memory_changes(facts: RunFacts) -> Iterator[Change]:
     if config.max_generation_tokens > 64:
         half = config.max_generation_tokens // 2
         yield changed(f"max_generation_tokens {half}", max_generation_tokens=half)
-    if config.signal == "exact" and facts.regime.scores:
-        yield changed("signal sparse", signal="sparse")
+    yield from _fewer_held_out(facts)
     if config.lora.rank > 8 and not config.student_adapter_path:
         yield changed("lora.rank 8", lora=config.lora.model_copy(update={"rank": 8}))
 
@@ -282,9 +284,17 @@ def _time_changes(facts: RunFacts) -> Iterator[Change]:
         half = config.max_generation_tokens // 2
         update = {"max_generation_tokens": half}
         yield Change(f"max_generation_tokens {half}", replace(facts, config=config.model_copy(update=update)))
+    yield from _fewer_held_out(facts)
     if config.num_steps // config.eval_every > 2:
         wider = config.num_steps // 2
         yield Change(f"eval_every {wider}", replace(facts, config=config.model_copy(update={"eval_every": wider})))
+
+
+def _fewer_held_out(facts: RunFacts) -> Iterator[Change]:
+    kept = facts.lengths.held_out[:FEW_HELD_OUT]
+    if len(kept) < len(facts.lengths.held_out):
+        fewer = replace(facts, lengths=replace(facts.lengths, held_out=kept))
+        yield Change(f"max_validation_prompts {FEW_HELD_OUT}", fewer)
 
 
 def _quantised(folder: ModelFolder) -> ModelFolder:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from opd_daemon.config import RunConfig, config_violations
 from opd_daemon.distill.adapter import adapter_faults, lora_faults
 from opd_daemon.distill.data import Row, scan_rows
+from opd_daemon.distill.optimizer_options import optimizer_faults
 from opd_daemon.errors import FieldViolation, OpdError
 from opd_daemon.models.folder import ModelFolder, read_folder
 from opd_daemon.vocabulary import compare_vocabularies, load_vocabulary
@@ -59,6 +60,7 @@ def _check_method(config: RunConfig, trainer: TrainerInfo | None) -> Iterator[Fi
         if config.precompute and _sources(config, trainer).get("student"):
             message = f"trainer {trainer.name} trains on what the student will say, which can't be scored beforehand"
             yield _violation("precompute", f"{message}; set it false, or use an off-policy trainer")
+    yield from optimizer_faults(config)
     if config.eval_tasks and find_spec("lm_eval") is None:
         yield _violation("eval_tasks", f"{config.eval_tasks}: tasks need the package lm-eval; run: pip install lm-eval")
 

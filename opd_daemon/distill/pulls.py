@@ -71,7 +71,8 @@ class BlockPull:
             to_product = self._pulled.pop()
             mx.eval(to_product, self._outputs)
             crossing = [self._slots.get(name, to_product.shape) for name in ("gate", "up")]
-            swiglu_slopes(*map(_view, [*self._outputs, to_product, *crossing, self._product(self._activation)]))
+            products = _view(self._product(self._activation))
+            swiglu_slopes(*map(_view, [*self._outputs, to_product, *crossing]), products=products)
         mx.eval(self._pulled)
         below = self._pulled.pop(0) if self._wants_input else slope
         return dict(zip(self._blocks.names(self._index), self._pulled, strict=True)), below

@@ -94,14 +94,14 @@ class AssumedRates:
             products = 2 * item.sequences * model.parameters
             token = model.weight_bytes / machine.bandwidth + products / machine.decode_flops
             return prefill + item.tokens * token
-        teacher_head = 2 * pair.teacher.head_parameters * item.rows * pair.exact
+        teacher_head = 2 * pair.teacher.head_parameters * item.rows
         if kind == "score":
             return _products(pair.teacher, item) / machine.score_flops + item.sequences * CALL_SECONDS
         if kind == "compare":
             return (_products(student, item) + teacher_head) / machine.score_flops
         passes = 3.0 if self.recompute else 2.0
         products = passes * _products(student, Forward(item.sequences, item.length, 0))
-        return (products + 4 * student.head_parameters * item.rows + teacher_head) / machine.train_flops
+        return (products + 4 * student.head_parameters * item.rows + pair.exact * teacher_head) / machine.train_flops
 
 
 @dataclass(frozen=True, slots=True)

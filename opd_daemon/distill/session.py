@@ -29,6 +29,7 @@ from opd_daemon.distill.student import Student
 from opd_daemon.distill.teacher_head import HeadMatrix
 from opd_daemon.errors import OUT_OF_MEMORY_SIGNS, OpdError, Reason
 from opd_daemon.home import RunFolders
+from opd_daemon.memory_limit import lift_memory_limit
 from opd_daemon.trainer import DivergenceInfo, Reporter, Teacher, TrainContext, TrainerInfo
 from opd_daemon.vocabulary import compare_vocabularies, load_vocabulary
 
@@ -57,7 +58,7 @@ def run_trainer(
         OpdError: with the reason of whatever went wrong; OUT_OF_MEMORY, of process "worker", when there was no memory
             here. What could be saved is saved then.
     """
-    limit_memory()
+    limit_memory(config.worker_memory_limit_bytes)
     with memory_faults_named(config):
         student = load_student(config)
         journal = Journal(reporter, folders, student.tokenizer.decode)
@@ -106,9 +107,7 @@ def memory_faults_named(config: RunConfig) -> Iterator[None]:
     except (RuntimeError, MemoryError) as fault:
         if is_memory_fault(fault):
             message = "not enough memory for a training step; resume with a smaller batch_size"
-            raise OpdError(
-                Reason.OUT_OF_MEMORY, message, batch_size=config.batch_size, process="worker"
-            ) from fault
+            raise OpdError(Reason.OUT_OF_MEMORY, message, batch_size=config.batch_size, process="worker") from fault
         raise
 
 
@@ -119,6 +118,7 @@ def is_memory_fault(fault: BaseException) -> bool:
 
 def rescue(loop: TrainingLoop, fault: BaseException) -> None:
     """Save the last complete step with the memory that the failed work gives back; no more than tried."""
+    lift_memory_limit()
     traceback.clear_frames(fault.__traceback__)
     gc.collect()
     mx.clear_cache()
@@ -174,9 +174,7 @@ def read_prompts(config: RunConfig, student: Student, teacher: Teacher, journal:
     return prompts
 
 
-def mask_unshared(
-    config: RunConfig, teacher: Teacher, student: Student, say: Callable[[str], None]
-) -> tuple[int, ...]:
+def mask_unshared(config: RunConfig, teacher: Teacher, student: Student, say: Callable[[str], None]) -> tuple[int, ...]:
     """Give ids that only one model knows no mass on either side, and say so. Returns those the teacher has to mask.
 
     Raises:

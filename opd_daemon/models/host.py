@@ -93,7 +93,7 @@ def swiglu(gates: Array, ups: Array, result: Array) -> None:
 
 
 def swiglu_slopes(
-    gates: Array, ups: Array, slopes: Array, to_gates: Array, to_ups: Array, products: Array | None = None
+    gates: Array, ups: Array, slopes: Array, to_gates: Array, to_ups: Array, *, products: Array | None = None
 ) -> None:
     """Pull slopes at silu(gates) · ups back to both, and write those products once more where they are asked for."""
     for part in _tiles(gates.size):

@@ -22,7 +22,7 @@ import grpc
 from opd_daemon.client import Client, RemoteTeacher
 from opd_daemon.config import parse_config
 from opd_daemon.errors import OUT_OF_MEMORY_SIGNS, OpdError, Reason
-from opd_daemon.runs.memory import limit_process_memory
+from opd_daemon.memory_limit import lift_memory_limit, limit_process_memory
 from opd_daemon.runs.worker_main import assigned
 from opd_daemon.types import GenerateRequest, ModelAnswer
 from opd_daemon.v1 import run_pb2, worker_pb2, worker_pb2_grpc
@@ -72,6 +72,7 @@ def main() -> int:
     try:
         _compare(client, stream)
     except Exception as error:  # noqa: BLE001 - whatever it is, the caller is told
+        lift_memory_limit()
         traceback.print_exc()
         stream.finish(_as_opd_error(error))
         return 0

@@ -1,4 +1,4 @@
-"""Memory and worker processes: the limit a worker puts on itself, and how its daemon tells that memory ended it."""
+"""How a daemon tells that memory ended a worker."""
 
 from __future__ import annotations
 
@@ -11,21 +11,6 @@ from opd_daemon.errors import OUT_OF_MEMORY_SIGNS
 CGROUPS = Path("/proc/self/cgroup")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 SYSTEM_COUNTERS = Path("/proc/vmstat")
-
-
-def limit_process_memory(limit_bytes: int) -> None:
-    """Let the system refuse this process more than so many bytes of its own; 0 sets no limit.
-
-    Only Linux can do so: there data, heap and stacks count, files mapped into memory don't. On macOS MLX alone keeps
-    to the limit (see `distill.memory`). MLX on a Linux CPU dies of a refused allocation (SIGSEGV), as it writes
-    without looking.
-    """
-    if limit_bytes and sys.platform == "linux":
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        limit = limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def kills_for_memory() -> int:

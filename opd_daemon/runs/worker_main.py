@@ -26,8 +26,8 @@ from opd_daemon.client import Client, RemoteTeacher
 from opd_daemon.config import parse_config
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.home import Home, RunFolders
+from opd_daemon.memory_limit import lift_memory_limit, limit_process_memory
 from opd_daemon.plugins import PluginRegistry
-from opd_daemon.runs.memory import limit_process_memory
 from opd_daemon.types import Event, EventKind, Gauges, Run, RunState
 from opd_daemon.v1 import run_pb2, worker_pb2, worker_pb2_grpc
 from opd_daemon.wire.errors import from_rpc_error
@@ -151,6 +151,7 @@ def main() -> int:
     try:
         state, adapter_path = _do(client, run_id, reporter, stop)
     except BaseException as error:  # noqa: BLE001 - also a plugin's sys.exit is an outcome
+        lift_memory_limit()
         traceback.print_exc()
         reporter.finish(*_outcome(error))
         return 0

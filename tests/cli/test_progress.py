@@ -166,9 +166,11 @@ EVENTS = [
                 is_best=True,
             ),
         ),
-        "held-out after step 5: forward KL 0.5000 ± 0.0200  reverse KL 0.7500 ± 0.0300  agreement 100.0 %  "
-        "top-5 100.0 %  entropy teacher 1.000 student 1.000  own samples: forward KL 0.5000  reverse KL 0.2500  "
-        "acceptance 50.0 %  arc_easy 0.6250  (best so far)",
+        (
+            "held-out after step 5: forward KL 0.5000 ± 0.0200  reverse KL 0.7500 ± 0.0300  agreement 100.0 %  "
+            "top-5 100.0 %  entropy teacher 1.000 student 1.000  own samples: forward KL 0.5000  reverse KL 0.2500  "
+            "acceptance 50.0 %  arc_easy 0.6250  (best so far)"
+        ),
     ),
     (event(EventKind.LOG, {"level": "warning", "text": "\x1b[31mred"}), "warning: [31mred"),
     (

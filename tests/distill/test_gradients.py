@@ -12,7 +12,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from opd_daemon.config import LoraConfig, RunConfig, parse_config
-from opd_daemon.distill import gradients, head_loss
+from opd_daemon.distill import head_loss
 from opd_daemon.distill.batches import packed
 from opd_daemon.distill.data import Prompt
 from opd_daemon.distill.gradients import BatchGradient, gradient
@@ -22,7 +22,8 @@ from opd_daemon.distill.scoring import ask
 from opd_daemon.distill.student import Student
 from tests.distill.local_teacher import LocalTeacher
 
-SETTINGS = {"base_model_path": "b", "teacher_model_path": "t", "prompts_path": "p", "ce_weight": 0.3, "top_k": 16, "signal": "sparse"}
+PATHS = {"base_model_path": "b", "teacher_model_path": "t", "prompts_path": "p"}
+SETTINGS = {**PATHS, "ce_weight": 0.3, "top_k": 16, "signal": "sparse"}
 
 
 def configured(**changes: Any) -> RunConfig:
@@ -62,9 +63,7 @@ LENGTHS = [(5, 9), (3, 1), (17, 4), (8, 12), (2, 6)]
 def step(student: Student, teacher: LocalTeacher, config: RunConfig, size: int) -> tuple[dict[str, Any], float, Any]:
     """Gradient per token, loss per token and per-token values of a whole step."""
     made = rollouts(LENGTHS)
-    batches = packed(
-        made, ask(teacher, made, config), size=size, temperature=config.temperature, labels="completion"
-    )
+    batches = packed(made, ask(teacher, made, config), size=size, temperature=config.temperature, labels="completion")
     results: list[BatchGradient] = [gradient(student, batch, Objective.from_config(config)) for batch in batches]
     count = sum(result.count for result in results)
     total: dict[str, Any] = {}

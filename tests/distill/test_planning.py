@@ -202,7 +202,6 @@ def test_a_plan_adds_up(settings: dict[str, Any]) -> None:
     for process, peak in (("daemon", found.daemon_peak_bytes), ("worker", found.worker_peak_bytes)):
         inside = parts(found, process)
         assert inside["process"] < peak <= sum(inside.values())
-    assert parts(found, "worker")["teacher head"] == parts(found, "worker")["teacher head"]
 
 
 def test_a_plan_grows_with_the_work(settings: dict[str, Any]) -> None:
@@ -216,8 +215,9 @@ def test_a_plan_grows_with_the_work(settings: dict[str, Any]) -> None:
 def test_what_is_not_done_takes_nothing(settings: dict[str, Any]) -> None:
     found = plan(facts(settings, SFT))
     assert {"rollout", "score"}.isdisjoint(dict(found.phases))
-    assert "teacher head" not in parts(found, "worker")
-    assert "teacher head" not in parts(plan(facts(settings, signal="sparse")), "worker")
+    assert "teacher targets" in parts(plan(facts(settings)), "worker")
+    assert "teacher targets" not in parts(found, "worker")
+    assert found.disk_bytes < plan(facts(settings, DATASET)).disk_bytes
 
 
 def test_a_loaded_teacher_takes_no_loading(settings: dict[str, Any]) -> None:

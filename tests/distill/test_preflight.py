@@ -38,7 +38,7 @@ TRAINER = TrainerInfo(
     options=Options,
     on_policy=True,
     sources=given_completions,
-    faults=lambda config, options: [("seed", "unlucky")] if config.seed == 13 else (),
+    faults=lambda config, _: [("seed", "unlucky")] if config.seed == 13 else (),
 )
 
 

@@ -75,6 +75,7 @@ class Bench:
         info: TrainerInfo | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         resume_from: Path | None = None,
+        memory_halvings: int = 0,
         **changes: Any,
     ) -> tuple[bool, Listener]:
         config, listener = self.config(**changes), Listener()
@@ -87,6 +88,7 @@ class Bench:
             reporter=listener,
             should_stop=should_stop,
             resume_from=resume_from,
+            memory_halvings=memory_halvings,
         )
         return complete, listener
 

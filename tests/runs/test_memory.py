@@ -71,12 +71,14 @@ def test_the_kernels_kills_are_read_from_the_control_group(
 @linux_only
 def test_a_limited_process_is_refused_what_goes_beyond() -> None:
     program = (
-        "from opd_daemon.runs.memory import limit_process_memory; limit_process_memory(200 << 20)\n"
+        "from opd_daemon.memory_limit import lift_memory_limit, limit_process_memory\n"
+        "limit_process_memory(200 << 20)\n"
         "bytearray(50 << 20)\n"
-        "try:\n    bytearray(400 << 20)\nexcept MemoryError:\n    print('refused')"
+        "try:\n    bytearray(400 << 20)\nexcept MemoryError:\n    print('refused')\n"
+        "lift_memory_limit()\nbytearray(400 << 20)\nprint('granted')"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert answer.stdout == "refused\n"
+    assert answer.stdout == "refused\ngranted\n"
 
 
 async def run_out(daemon: Daemon, run_id: str) -> None:

@@ -43,7 +43,6 @@ class Mixed:
                 targets = score(context, rollouts)
 
             with step.phase("train"):
-                labels = "teacher" if on_policy else "completion"
-                for batch in micro_batches(context, rollouts, targets, labels=labels):
+                for batch in micro_batches(context, rollouts, targets, labels="teacher" if on_policy else "completion"):
                     step.accumulate(backward(context, batch))
                 step.update()
