@@ -1,4 +1,4 @@
-"""Names that enter file paths: one rule, checked at every border."""
+"""Names that enter file paths: one rule, checked at every border; and names that several rooms share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from datetime import datetime
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 RULE = "1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+
+# Of a comparison, in the order in which they are shown.
+COMPARED_MODELS = ("base", "sft", "distilled", "teacher")
 
 
 def is_identifier(name: str) -> bool:

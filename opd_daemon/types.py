@@ -462,9 +462,6 @@ class ComparisonRequest:
     speculative: bool = False
 
 
-COMPARED_MODELS = ("base", "sft", "distilled", "teacher")
-
-
 @dataclass(frozen=True, slots=True)
 class ModelSummary:
     """What was measured of one model, answering one prompt at a time; seconds include the prompts.

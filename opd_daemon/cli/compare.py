@@ -13,14 +13,14 @@ import typer
 from opd_daemon.cli import exits, output, text
 from opd_daemon.cli.selection import RUN_HELP, find_run
 from opd_daemon.errors import OpdError, Reason
-from opd_daemon.types import COMPARED_MODELS, ComparisonRequest, ModelAnswer, ModelSummary
+from opd_daemon.names import COMPARED_MODELS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
     from opd_daemon.client import Client
-    from opd_daemon.types import Run
+    from opd_daemon.types import ModelAnswer, ModelSummary, Run
 
 DEFAULT_PROMPTS = 3
 MOST_PROMPTS_OF_A_FILE = 100
@@ -55,6 +55,8 @@ def compare(
 
     with Client.find() as client:
         found = find_run(client, run)
+        from opd_daemon.types import ComparisonRequest
+
         request = ComparisonRequest(
             run_id=found.run_id,
             prompts=tuple(prompt) + tuple(_read(prompts, MOST_PROMPTS_OF_A_FILE) if prompts else ())

@@ -171,13 +171,15 @@ def greedy_completions(teacher: Teacher, prompts: Sequence[Prompt], config: RunC
 
 def ask_ahead(
     teacher: Teacher, prompts: Sequence[Prompt], config: RunConfig, masked_token_ids: tuple[int, ...] = ()
-) -> None:
-    """Let the teacher answer all that evaluations are going to ask, so that they find it in the cache."""
+) -> bool:
+    """Let the teacher answer all that evaluations are going to ask, so that they find it in the cache.
+
+    True when every score came out of the cache already.
+    """
     rollouts = greedy_completions(teacher, prompts, config)
     if teacher.info.supports_hidden:
-        ask_states(teacher, rollouts, masked_token_ids)
-    else:
-        ask(teacher, rollouts, sparse_config(config), masked_token_ids)
+        return all(answer.cached for answer in ask_states(teacher, rollouts, masked_token_ids))
+    return all(target.cached for target in ask(teacher, rollouts, sparse_config(config), masked_token_ids))
 
 
 def criterion(config: RunConfig, trainer: TrainerInfo | None = None) -> str:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from opd_daemon.config import RunConfig
 from opd_daemon.distill.activations import block_bytes, kept_blocks
 from opd_daemon.distill.rates import Pair
-from opd_daemon.distill.workload import STUDENT_DECODES, TEACHER_DECODES, Forward, Workload
+from opd_daemon.distill.workload import STUDENT_DECODES, Decode, Forward, Workload
 from opd_daemon.types import PlannedBytes
 
 MIB = 1 << 20
@@ -39,10 +39,13 @@ COMPARED_COPIES = 5
 
 # A forward without a gradient holds so many arrays of the feed-forward part's width and of the model's.
 INNER_ARRAYS, HIDDEN_ARRAYS = 6, 4
-# Key-value caches are taken in steps of so many tokens. Growing and joining, layer by layer, they leave buffers behind
-# that nothing else needs, in units of the cache.
+# A token of the vocabulary, in the tokenizer and the tables made of it.
+TOKEN_BYTES = 1600
+# Key-value caches are taken in steps of so many tokens. Every time one grows, or so many sequences join it, a cache is
+# left behind whose buffers nothing else needs.
 CACHE_STEP = 256
-CACHE_LEFTOVERS = 4
+JOINING = 8
+STUDENT_LEFTOVERS = 2
 
 OPTIMIZER_MOMENTS = {"adamw": 2.0, "adam": 2.0, "lion": 1.0, "muon": 1.0, "sgd": 0.0, "adafactor": 0.1}
 
@@ -68,19 +71,21 @@ def daemon_parts(work: Workload, pair: Pair) -> list[Part]:
     attention = 8 * teacher.heads * work.context if pair.on_host else 0
     activations = together * piece * (widest + attention)
     logits = SCORED_COPIES * _chunk(DAEMON_CHUNK_BYTES, teacher.width, together * piece)
-    decoded = min(TEACHER_DECODES, max(len(work.lengths.held_out), work.step_sequences if work.regime.writes else 0))
+    decoded = int(
+        max(task.item.sequences for task in work.tasks if isinstance(task.item, Decode) and task.kind == "write")
+    )
     decoding = decoded * _cached(work.context) * teacher.kv_bytes()
     parts = [
         Part("daemon", "process", DAEMON_PROCESS_BYTES),
+        Part("daemon", "tokenizer", TOKEN_BYTES * teacher.width),
         Part("daemon", "teacher weights", teacher.weight_bytes),
         Part("daemon", "scoring activations", activations, frozenset({"score"})),
         Part("daemon", "logits chunk", int(logits), frozenset({"score"})),
-        Part("daemon", "head for the worker", teacher.head_bytes, frozenset({"load"})),
         Part("daemon", "generation KV", decoding, frozenset({"write"})),
     ]
     if work.context > SCORED_PIECE:
         parts.append(Part("daemon", "scoring KV", together * work.context * teacher.kv_bytes(), frozenset({"score"})))
-    return [*parts, _buffers(parts, CACHE_LEFTOVERS * decoding, DAEMON_CACHE_BYTES)]
+    return [*parts, _buffers(parts, -(-decoded // JOINING) * decoding, DAEMON_CACHE_BYTES)]
 
 
 def worker_parts(work: Workload, pair: Pair, memory_bytes: int) -> list[Part]:
@@ -96,6 +101,7 @@ def worker_parts(work: Workload, pair: Pair, memory_bytes: int) -> list[Part]:
     activations = activation_bytes(work, pair, memory_bytes)
     parts = [
         Part("worker", "process", WORKER_PROCESS_BYTES),
+        Part("worker", "tokenizer", TOKEN_BYTES * student.width),
         Part("worker", "student weights", student.weight_bytes),
         # Evaluation is exact whatever is trained, so the head is always there.
         Part("worker", "teacher head", pair.teacher.head_bytes),
@@ -109,7 +115,9 @@ def worker_parts(work: Workload, pair: Pair, memory_bytes: int) -> list[Part]:
     ]
     if pair.stored_bytes != student.weight_bytes:
         parts.append(Part("worker", "weights as stored", pair.stored_bytes, frozenset({"load"})))
-    return [*parts, _buffers(parts, CACHE_LEFTOVERS * decoding, WORKER_CACHE_BYTES)]
+    # Completions differ in length, and buffers of one micro-batch don't suit a longer or a shorter one.
+    leftovers = STUDENT_LEFTOVERS * decoding + activations
+    return [*parts, _buffers(parts, leftovers, WORKER_CACHE_BYTES)]
 
 
 def activation_bytes(work: Workload, pair: Pair, memory_bytes: int) -> int:

@@ -39,13 +39,18 @@ def check_models(teacher: Teacher, student: Student, written: Sequence[Rollout],
     Raises:
         OpdError: NOT_A_NUMBER or MODELS_UNSOUND, saying which model and what was found.
     """
-    chosen = [rollout for rollout in written if len(rollout.completion_ids) > 1][:COMPLETIONS]
+    chosen = checkable(written)
     if not chosen:
         return
     check_teacher(teacher, chosen, masked)
     prompts = [rollout.prompt for rollout in chosen]
     own = sample_completions(student, prompts, max_tokens=STUDENT_TOKENS, temperature=0.0, seed=0)
     check_student(student, [rollout for rollout in own if len(rollout.completion_ids) > 1])
+
+
+def checkable(written: Sequence[Rollout]) -> list[Rollout]:
+    """The completions that are checked: of one token, nothing can be out of place."""
+    return [rollout for rollout in written if len(rollout.completion_ids) > 1][:COMPLETIONS]
 
 
 def check_teacher(teacher: Teacher, rollouts: Sequence[Rollout], masked: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ from opd_daemon.distill.checkpoints import OPTIMIZER, Checkpoints, RunProgress, 
 from opd_daemon.distill.data import Prompt, PromptSet
 from opd_daemon.distill.evaluation import Evaluator
 from opd_daemon.distill.journal import Journal
-from opd_daemon.distill.memory import read_memory
+from opd_daemon.distill.memory import memory_pressure, read_memory
 from opd_daemon.distill.metrics import StepTimes, step_metrics
 from opd_daemon.distill.model_card import CardFacts
 from opd_daemon.distill.optimizer import Optimizer, learning_rate
@@ -67,6 +67,7 @@ class TrainingLoop:
         self._saved_step: int | None = None
         self._step: Step | None = None
         self._pace = Pace()
+        self._warned_of_pressure = False
         self._prompts_made = 0
         self._makes_ahead = False
         if resume_from:
@@ -186,6 +187,7 @@ class TrainingLoop:
             self._report(step, seconds)
         else:
             self._skip(step)
+        self._warn_of_pressure()
         if self._evaluates_at(step.number):
             self._evaluate()
         if self._saves_at(step.number):
@@ -205,6 +207,12 @@ class TrainingLoop:
             memory=replace(memory, peak_bytes=max(memory.peak_bytes, step.peak_bytes)),
         )
         self.journal.metrics(metrics)
+
+    def _warn_of_pressure(self) -> None:
+        """Say once that memory runs short."""
+        if not self._warned_of_pressure and (warning := memory_pressure()):
+            self._warned_of_pressure = True
+            self.journal.log(warning, "warning")
 
     def _skip(self, step: Step) -> None:
         skipped = self.progress.skipped_steps + 1

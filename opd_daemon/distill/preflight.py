@@ -57,6 +57,8 @@ def _check_method(config: RunConfig, trainer: TrainerInfo | None) -> Iterator[Fi
         if not faults:
             options = trainer.options.model_validate(config.trainer_options)
             yield from (_violation(name, fault) for name, fault in trainer.faults(config, options))
+        if config.precompute and not config.use_cache:
+            yield _violation("precompute", "keeps the teacher's answers in the cache: set use_cache true")
         if config.precompute and _sources(config, trainer).get("student"):
             message = f"trainer {trainer.name} trains on what the student will say, which can't be scored beforehand"
             yield _violation("precompute", f"{message}; set it false, or use an off-policy trainer")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.utils import load_tokenizer
@@ -22,10 +23,11 @@ from opd_daemon.distill.journal import Journal
 from opd_daemon.distill.live_preflight import check_models
 from opd_daemon.distill.logits import on_host
 from opd_daemon.distill.loop import TrainingLoop
-from opd_daemon.distill.memory import limit_memory
+from opd_daemon.distill.memory import limited_memory
 from opd_daemon.distill.objective import Objective
+from opd_daemon.distill.precompute import precompute
 from opd_daemon.distill.step import StopRequested
-from opd_daemon.distill.student import Student
+from opd_daemon.distill.student import Student, load_tokenizer_of
 from opd_daemon.distill.teacher_head import HeadMatrix
 from opd_daemon.errors import OUT_OF_MEMORY_SIGNS, OpdError, Reason
 from opd_daemon.home import RunFolders
@@ -58,13 +60,17 @@ def run_trainer(
         OpdError: with the reason of whatever went wrong; OUT_OF_MEMORY, of process "worker", when there was no memory
             here. What could be saved is saved then.
     """
-    limit_memory(config.worker_memory_limit_bytes)
-    with memory_faults_named(config):
+    with limited_memory(config.worker_memory_limit_bytes), memory_faults_named(config), left_when_stopped(should_stop):
+        tokenizer = load_tokenizer_of(Path(config.base_model_path))
+        journal = Journal(reporter, folders, tokenizer.decode)
+        unshared = unshared_ids(config, journal.log)
+        masked = tuple(index for index in unshared if index < teacher.info.vocab_size)
+        prompts = read_prompts(config, tokenizer, teacher, journal)
+        if config.precompute:
+            precompute(teacher, prompts, config, trainer=trainer, masked_token_ids=masked, journal=journal)
         student = load_student(config)
-        journal = Journal(reporter, folders, student.tokenizer.decode)
-        masked = mask_unshared(config, teacher, student, journal.log)
+        mask_vocabulary(student, teacher, unshared)
         head = cache(lambda: HeadMatrix(teacher.head(), student.vocabulary))
-        prompts = read_prompts(config, student, teacher, journal)
         loop = TrainingLoop(
             config=config,
             student=student,
@@ -97,6 +103,17 @@ def run_trainer(
         if resume_from is None:
             check_models(teacher, student, loop.evaluator.rollouts, masked)
         return train(context, trainer)
+    return False
+
+
+@contextmanager
+def left_when_stopped(should_stop: Callable[[], bool]) -> Iterator[None]:
+    """Leave quietly what a call to the teacher broke off because the run was asked to stop before its first step."""
+    try:
+        yield
+    except OpdError as error:
+        if error.reason is not Reason.CANCELLED or not should_stop():
+            raise
 
 
 @contextmanager
@@ -159,10 +176,10 @@ def load_student(config: RunConfig) -> Student:
     return Student.load(Path(config.base_model_path), adapter, config.lora, seed=config.seed, float32=float32)
 
 
-def read_prompts(config: RunConfig, student: Student, teacher: Teacher, journal: Journal) -> PromptSet:
+def read_prompts(config: RunConfig, tokenizer: Any, teacher: Teacher, journal: Journal) -> PromptSet:
     """The run's prompts as each model reads them; says what is left out, and where the models' templates differ."""
     own = load_tokenizer(Path(config.teacher_model_path)) if config.teacher_template == "teacher" else None
-    prompts = build_prompts(config, student.tokenizer, student.eos_ids, teacher.info.max_context, own)
+    prompts = build_prompts(config, tokenizer, sorted(tokenizer.eos_token_ids), teacher.info.max_context, own)
     if prompts.left_out:
         journal.log(f"{prompts.left_out} training prompts are held out too, and left out of training", "warning")
     differs = compare_templates(Path(config.base_model_path), Path(config.teacher_model_path))
@@ -180,6 +197,13 @@ def mask_unshared(config: RunConfig, teacher: Teacher, student: Student, say: Ca
     Raises:
         OpdError: TOKENIZER_MISMATCH naming the first ids that mean different tokens.
     """
+    unshared = unshared_ids(config, say)
+    mask_vocabulary(student, teacher, unshared)
+    return tuple(index for index in unshared if index < teacher.info.vocab_size)
+
+
+def unshared_ids(config: RunConfig, say: Callable[[str], None]) -> tuple[int, ...]:
+    """Ids that only one of the two tokenizers knows. Raises TOKENIZER_MISMATCH as `mask_unshared`."""
     match = compare_vocabularies(
         load_vocabulary(Path(config.teacher_model_path)), load_vocabulary(Path(config.base_model_path))
     )
@@ -188,8 +212,12 @@ def mask_unshared(config: RunConfig, teacher: Teacher, student: Student, say: Ca
         message = f"teacher and student give the same ids to different tokens ({shown}); they need one tokenizer"
         raise OpdError(Reason.TOKENIZER_MISMATCH, message)
     unshared = (*match.only_teacher, *match.only_student)
-    info = teacher.info
-    student.mask_vocabulary((*unshared, *range(info.vocab_size, student.width)), info.padded_vocab_size)
     if unshared:
         say(f"{len(unshared)} ids that only one of the two tokenizers knows are masked on both sides")
-    return tuple(index for index in unshared if index < info.vocab_size)
+    return unshared
+
+
+def mask_vocabulary(student: Student, teacher: Teacher, unshared: tuple[int, ...]) -> None:
+    """Leave the student no mass on ids the teacher doesn't know, and as many logits as the teacher has."""
+    info = teacher.info
+    student.mask_vocabulary((*unshared, *range(info.vocab_size, student.width)), info.padded_vocab_size)

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import load_model, load_tokenizer
+from mlx_lm.utils import load_config, load_model, load_tokenizer
 
 from opd_daemon.config import LoraConfig
 from opd_daemon.distill.adapter import (
@@ -36,6 +36,8 @@ from opd_daemon.errors import OpdError, Reason
 from opd_daemon.models.folder import read_folder
 from opd_daemon.models.host import use_host_activations
 from opd_daemon.models.split import split
+
+LOAD_FAULTS = (ValueError, FileNotFoundError, KeyError, TypeError)
 
 
 class Student:
@@ -223,12 +225,20 @@ class Student:
         return digest.hexdigest()
 
 
+def load_tokenizer_of(path: Path) -> Any:
+    """Tokenizer of a model folder with all the model's EOS ids. Raises MODEL_NOT_FOUND when it can't be built."""
+    try:
+        return load_tokenizer(path, eos_token_ids=load_config(path).get("eos_token_id"))
+    except LOAD_FAULTS as fault:
+        raise OpdError(Reason.MODEL_NOT_FOUND, f"{path}: can't be loaded: {fault}", path=path) from fault
+
+
 def load_base(path: Path, *, float32: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer of a base, frozen. Raises MODEL_NOT_FOUND when it can't be built."""
     try:
         model, config = load_model(path, lazy=False)
         tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
-    except (ValueError, FileNotFoundError, KeyError, TypeError) as fault:
+    except LOAD_FAULTS as fault:
         raise OpdError(Reason.MODEL_NOT_FOUND, f"{path}: can't be loaded: {fault}", path=path) from fault
     if float32:
         model.set_dtype(mx.float32)

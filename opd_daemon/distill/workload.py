@@ -24,11 +24,12 @@ PHASES: tuple[Phase, ...] = ("load", "rollout", "score", "train", "evaluate", "c
 # Prompts that are tokenised to learn how long they are.
 SAMPLED_ROWS = 128
 SIMULATED_STEPS = 16
-LENGTH_MULTIPLE = 16
+# Micro-batches are padded to multiples of this, or to eighths of an octave where those are wider.
+LENGTH_MULTIPLE, BUCKETS_PER_OCTAVE = 16, 8
 # Sequences decoded at once, by the student and by the teacher.
 STUDENT_DECODES, TEACHER_DECODES = 64, 32
 # Held-out prompts whose answers are shown.
-SHOWN_ANSWERS = 3
+SHOWN_ANSWERS = 4
 # What both models are checked on before training: completions of the teacher, and so many tokens of the student.
 CHECKED, CHECKED_TOKENS = 4, 12
 
@@ -277,4 +278,6 @@ def _evaluation(config: RunConfig, lengths: Lengths) -> list[Task]:
 
 
 def _padded(length: float) -> int:
-    return int(-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+    """The width a micro-batch with a longest sequence of so many tokens is padded to."""
+    multiple = max(LENGTH_MULTIPLE, (1 << int(length).bit_length() - 1) // BUCKETS_PER_OCTAVE)
+    return int(-(-length // multiple) * multiple)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import sys
 from collections.abc import AsyncGenerator, Collection
@@ -17,6 +18,7 @@ from opd_daemon.distill.data import with_system_prompt
 from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
 from opd_daemon.events import EventLog
 from opd_daemon.home import Home
+from opd_daemon.names import COMPARED_MODELS
 from opd_daemon.runs.manager import RunManager
 from opd_daemon.runs.memory import kills_for_memory, memory_ended
 from opd_daemon.runs.workers import WorkerProcess, Workers, meaning_of_exit
@@ -24,11 +26,13 @@ from opd_daemon.teacher.service import TeacherService
 from opd_daemon.teacher.speculative import Speculated, Speculation, check_draft
 from opd_daemon.teacher.tokenizer import TextTokenizer
 from opd_daemon.textstream import TextStream
-from opd_daemon.types import COMPARED_MODELS, ComparisonRequest, ModelAnswer, ModelSummary, Run
+from opd_daemon.types import ComparisonRequest, ModelAnswer, ModelSummary, Run
 
 COMMAND = (sys.executable, "-m", "opd_daemon.runs.compare_main")
 QUEUED_ANSWERS = 1000
 MOST_PROMPTS = 100
+# A caller that doesn't read can't be told.
+CLOSE_SECONDS = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +49,25 @@ class Relay:
     def __init__(self, assignment: Assignment) -> None:
         self.assignment = assignment
         self._said: asyncio.Queue[ModelAnswer | OpdError] = asyncio.Queue(QUEUED_ANSWERS)
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def say(self, word: ModelAnswer | OpdError) -> None:
         """The worker's next word; an error is its last."""
         await self._said.put(word)
 
+    def close(self) -> None:
+        """The daemon stops: nothing more is heard."""
+        if not self._closed.done():
+            self._closed.set_result(None)
+
     async def hear(self, ended: asyncio.Future[int]) -> ModelAnswer | OpdError | int:
         """The next word, or the exit code of a worker that has ended and said no more."""
         word = asyncio.ensure_future(self._said.get())
-        either: set[asyncio.Future[Any]] = {word, ended}
+        first: set[asyncio.Future[Any]] = {word, ended, self._closed}
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if self._closed.done():
+                return _shutting_down()
             # What it said before it ended comes first.
             await asyncio.sleep(0)
             return word.result() if word.done() else ended.result()
@@ -75,7 +87,9 @@ class Comparisons:
         self._runs = runs
         self._teacher = teacher
         self._relay: Relay | None = None
-        self._task: asyncio.Task[object] | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closing = False
 
     @property
     def run_id(self) -> str:
@@ -87,10 +101,13 @@ class Comparisons:
         return self._relay if self._relay and self.run_id == run_id else None
 
     async def close(self) -> None:
-        """End the comparison under way; its caller is told that the daemon stops."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        """End the comparison under way; its caller is told that the daemon stops, if it still reads."""
+        self._closing = True
+        if self._relay:
+            self._relay.close()
+        # Not by cancelling the call: a cancelled write to a slow caller never lets the generator speak.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), CLOSE_SECONDS)
 
     async def compare(self, request: ComparisonRequest) -> AsyncGenerator[ModelAnswer, None]:
         """Every piece of every answer as it comes. Leaving the iteration ends all work.
@@ -107,7 +124,7 @@ class Comparisons:
             await asyncio.to_thread(check_draft, Path(config.base_model_path))
         async with self._runs.alone(run.run_id):
             self._relay = Relay(assignment)
-            self._task = asyncio.current_task()
+            self._idle.clear()
             try:
                 teacher_speed = None
                 async with aclosing(self._models(self._relay)) as answers:
@@ -120,7 +137,8 @@ class Comparisons:
                         async for answer in answers:
                             yield answer
             finally:
-                self._relay = self._task = None
+                self._relay = None
+                self._idle.set()
 
     def _assignment(self, run: Run, config: RunConfig, request: ComparisonRequest) -> Assignment:
         """The request with its defaults filled in, and the adapter it needs; blocks."""
@@ -200,6 +218,8 @@ class Comparisons:
         texts = [TextStream(tokenizer.decode, info.eos_token_ids) for _ in request.prompts]
         async with aclosing(self._teacher.speculate(job)) as items:
             async for item in items:
+                if self._closing:
+                    raise _shutting_down()
                 if isinstance(item, Speculated):
                     summary = _speculative_summary(item, info.weight_bytes, teacher_speed)
                     yield ModelAnswer("speculative", summary=summary)
@@ -262,6 +282,10 @@ def _speculative_summary(measured: Speculated, teacher_bytes: int, teacher_speed
         accepted_fraction=measured.accepted / measured.drafted if measured.drafted else None,
     )
     return replace(summary, speedup=summary.tokens_per_second / teacher_speed) if teacher_speed else summary
+
+
+def _shutting_down() -> OpdError:
+    return OpdError(Reason.SHUTTING_DOWN, "the daemon stops; compare again when it is back")
 
 
 def _death(worker: WorkerProcess, code: int, kills: int) -> OpdError:

@@ -19,7 +19,10 @@ from tests.cli.conftest import Opd
     [
         (["foo"], "opd: no such command 'foo'; see 'opd --help'"),
         (["distill"], "opd distill: missing argument 'CONFIG.yaml'; see 'opd distill --help'"),
-        (["distill", "x", "--fo"], "opd distill: no such option: --fo; see 'opd distill --help'"),
+        (
+            ["distill", "x", "--fo"],
+            "opd distill: no such option: --fo (Possible options: --force); see 'opd distill --help'",
+        ),
         (["distill", "nope.yaml"], "opd: nope.yaml: no such file"),
         (["serve", "--log-level", "loud"], "opd serve: invalid value for --log-level: 'loud' is not"),
         (["serve", "--cache-limit", "much"], "opd: --cache-limit much: not a size; write it like 500MB or 20GB"),

@@ -107,3 +107,20 @@ def test_a_broken_file_names_file_and_line(file: Path, text: str, why: str) -> N
     file.write_text(text)
     with pytest.raises(OpdError, match=why):
         read_request(file, "", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "name"), [("seed: 1\nseed: 2\n", 2, "seed"), ("lora:\n  rank: 1\n  rank: 2\n", 3, "rank")]
+)
+def test_a_name_given_twice_is_refused_with_its_line(tmp_path: Path, text: str, line: int, name: str) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text(text)
+    with pytest.raises(OpdError, match=rf"twice\.yaml:{line}: '{name}' is given twice"):
+        read_request(file, "", [])
+
+
+@pytest.mark.parametrize("setting", ["eval_every=true", "learning_rate=false", "lora.rank=true"])
+def test_true_and_false_are_no_numbers(file: Path, setting: str) -> None:
+    (fault,) = faults(file, setting)
+    assert "true and false are no value" in fault
+    assert read_request(file, "", ["use_cache=false"]).config().use_cache is False

@@ -57,7 +57,8 @@ def test_a_run_from_plan_to_adapter(client: Client, values: dict[str, object], t
     assert best is None or best.is_best
     assert [entry.step for entry in client.checkpoints(run.run_id)][-1] == 2
     files = client.download_adapter(run.run_id, tmp_path / "adapter", "final")
-    assert {file.name for file in files} == {"adapter_config.json", "adapters.safetensors"}
+    wanted = {"adapter_config.json", "adapters.safetensors", "adapter_model.safetensors", "README.md"}
+    assert {file.name for file in files} == wanted
     final = Path(client.run(run.run_id)[0].adapter_path)
     assert all(file.read_bytes() == (final / file.name).read_bytes() for file in files)
     assert run.run_id in {entry.run_id for entry in client.adapters()}

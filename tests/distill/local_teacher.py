@@ -29,13 +29,19 @@ from opd_daemon.vocabulary import load_vocabulary
 
 
 class LocalTeacher:
-    """Scores in float64 from whole forwards; remembers what it scored; refuses hidden states when told to."""
+    """Scores in float64 from whole forwards; refuses hidden states when told to.
+
+    Remembers what it said; once unloaded, it answers nothing else.
+    """
 
     def __init__(self, path: Path, *, supports_hidden: bool = True) -> None:
         self.model, config = load_model(path)
         self.tokenizer = load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
         vocabulary = load_vocabulary(path)
         self.known: dict[str, Scores] = {}
+        self.written: dict[GenerateRequest, list[GeneratedToken]] = {}
+        self.unloaded = False
+        self._head: TeacherHead | None = None
         self.info = TeacherInfo(
             name=path.name,
             path=str(path),
@@ -65,15 +71,29 @@ class LocalTeacher:
         return answers
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[list[GeneratedToken]]:
-        return [self._continue(request) for request in requests]
+        for request in requests:
+            if request not in self.written:
+                self.written[request] = self._continue(request)
+        return [self.written[request] for request in requests]
 
     def head(self) -> TeacherHead:
         if not self.info.supports_hidden:
             raise OpdError(Reason.HIDDEN_NOT_SUPPORTED, "told to refuse")
-        tensors = {"weight": np.array(self.model.model.embed_tokens.weight)}
-        return TeacherHead(tensors, {"weight": "float32"})
+        if self._head is None:
+            self._refuse_when_unloaded()
+            tensors = {"weight": np.array(self.model.model.embed_tokens.weight)}
+            self._head = TeacherHead(tensors, {"weight": "float32"})
+        return self._head
+
+    def unload(self) -> None:
+        self.unloaded = True
+
+    def _refuse_when_unloaded(self) -> None:
+        if self.unloaded:
+            raise OpdError(Reason.TEACHER_NOT_LOADED, "unloaded, and this was never asked")
 
     def _scores(self, request: ScoreRequest) -> Scores:
+        self._refuse_when_unloaded()
         hidden = np.array(self.model.model(mx.array(request.token_ids)[None]))[0][request.score_from - 1 : -1]
         weight = np.array(self.model.model.embed_tokens.weight, dtype=np.float64)
         logits = hidden.astype(np.float64) @ weight.T
@@ -84,6 +104,7 @@ class LocalTeacher:
         return Scores(**answers(request, logprobs), hidden=hidden if request.wants.hidden else None)
 
     def _continue(self, request: GenerateRequest) -> list[GeneratedToken]:
+        self._refuse_when_unloaded()
         generator = np.random.default_rng(request.seed)
         ids = list(request.prompt_ids)
         tokens: list[GeneratedToken] = []

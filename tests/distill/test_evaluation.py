@@ -153,7 +153,8 @@ def test_what_is_asked_ahead_is_all_that_evaluations_ask(tiny_teacher: Path, stu
     config = CONFIG.model_copy(update={"precompute": True})
     for supports_hidden in (True, False):
         teacher = LocalTeacher(tiny_teacher, supports_hidden=supports_hidden)
-        ask_ahead(teacher, PROMPTS, config, masked_token_ids=(3,))
+        assert not ask_ahead(teacher, PROMPTS, config, masked_token_ids=(3,))
+        assert ask_ahead(teacher, PROMPTS, config, masked_token_ids=(3,))
         known = len(teacher.known)
         Evaluator(teacher, student, PROMPTS, config, masked_token_ids=(3,)).measure(0)
         assert len(teacher.known) == known == 5

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,13 @@ def test_tokenizers_that_disagree_are_refused_by_their_first_tokens(settings: di
 def test_padded_and_superset_vocabularies_are_no_fault(settings: dict[str, Any], tmp_path: Path) -> None:
     folder = write_tiny_qwen2(tmp_path / "wide", vocab=1024, extra_tokens=["<think>", "</think>"])
     assert faults({**settings, "teacher_model_path": str(folder)}) == {}
+
+
+def test_computing_ahead_needs_the_cache(settings: dict[str, Any]) -> None:
+    offline = replace(TRAINER, sources=lambda _config, _options: {"teacher": 1.0})
+    assert check_run(parse_config({**settings, "precompute": True}), offline) == []
+    (fault,) = check_run(parse_config({**settings, "precompute": True, "use_cache": False}), offline)
+    assert (fault.field, "use_cache true" in fault.description) == ("config.precompute", True)
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,15 @@ def test_patience_ends_a_run_that_no_longer_improves(
     assert result(folder) == expected
 
 
+def test_memory_running_short_is_told_once(
+    tiny_teacher: Path, tiny_student: Path, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opd_daemon.distill.loop.memory_pressure", lambda: "little memory is free")
+    told = Told()
+    go(prepare(folders("short"), tiny_teacher, tiny_student, num_steps=3), told)
+    assert [row["level"] for row in told.of(EventKind.LOG) if row["text"] == "little memory is free"] == ["warning"]
+
+
 def test_halved_micro_batches_give_the_same_losses(
     tiny_teacher: Path, tiny_student: Path, folders: Callable[[str], Path]
 ) -> None:

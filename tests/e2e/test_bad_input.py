@@ -137,7 +137,7 @@ FAULTS: dict[str, Row] = {
     # Models
     "no folder": (lambda s: s.check(base_model_path="/nope"), CONFIG, "config.base_model_path", "/nope: no such folder; give"),
     "no teacher": (lambda s: s.check(teacher_model_path="/nope"), CONFIG, "config.teacher_model_path", "no such folder; give"),
-    "no model": (lambda s: s.check(base_model_path=f"{s.folder}/no_model"), CONFIG, "config.base_model_path", "config.json: no such file"),
+    "no model": (lambda s: s.check(base_model_path=f"{s.folder}/no_model"), CONFIG, "config.base_model_path", "no config.json"),
     "unknown ~user": (lambda s: s.check(base_model_path="~no_such_user/x"), CONFIG, "config.base_model_path", "no such folder"),
     "long name": (lambda s: s.check(base_model_path="/" + 300 * "n"), CONFIG, "config.base_model_path", "no such folder"),
     "control character": (lambda s: s.check(prompts_path="/a\0b"), CONFIG, "config.prompts_path", "control character"),
@@ -170,7 +170,7 @@ FAULTS: dict[str, Row] = {
     "unknown field": (lambda s: s.check(bach_size=2), CONFIG, "config.bach_size", "did you mean batch_size?"),
     "wrong type": (lambda s: s.check(batch_size="four"), CONFIG, "config.batch_size", "valid integer"),
     "unknown option": (lambda s: s.check(trainer_options={"x": math.nan}), CONFIG, "config.trainer_options.x", "no such option"),
-    "unknown trainer": (lambda s: s.check(trainer="magic"), CONFIG, "config.trainer", "there are: offline, on_policy"),
+    "unknown trainer": (lambda s: s.check(trainer="magic"), CONFIG, "config.trainer", "there are: dataset, mixed, offline, on_policy, sft"),
     "unknown preset": (lambda s: s.client.create_run(s.values(), preset="turbo"), CONFIG, "preset", "there are fast, memory, quality"),
     "path as a name": (lambda s: s.check(run_id="../x"), CONFIG, "config.run_id", "letters, digits"),
     "output below a file": (lambda s: s.check(output_adapter_path=f"{s.folder}/rows.jsonl/out"), CONFIG, "config.output_adapter_path", "is a file, not a folder; choose another"),

@@ -18,15 +18,23 @@ from tests.e2e.test_main_job import configuration, wait_for
 KILLS = 2
 
 
-@pytest.mark.parametrize("trainer", ["on_policy", "offline"])
+@pytest.mark.parametrize(
+    ("trainer", "trainer_options"), [("on_policy", {}), ("on_policy", {"staleness": 1}), ("offline", {})]
+)
 def test_a_run_whose_worker_is_killed_is_the_undisturbed_run(
-    daemon: DaemonProcess, tiny_teacher: Path, tiny_student: Path, prompts: Path, trainer: str
+    daemon: DaemonProcess,
+    tiny_teacher: Path,
+    tiny_student: Path,
+    prompts: Path,
+    trainer: str,
+    trainer_options: dict[str, Any],
 ) -> None:
     values = configuration(
         tiny_teacher,
         tiny_student,
         prompts,
         trainer=trainer,
+        trainer_options=trainer_options,
         num_steps=15,
         eval_every=4,
         checkpoint_every=3,

@@ -241,6 +241,62 @@ def test_with_staleness_rollouts_are_one_update_old_and_no_older(bench: Bench) -
     assert [row["staleness"] for row in listener.of(EventKind.METRICS)] == [0, 0]
 
 
+@pytest.mark.parametrize(
+    ("trainer", "changes"),
+    [("offline", {}), ("offline", {"signal": "sparse", "exact_fraction": 0.5}), ("dataset", {}), ("sft", {})],
+)
+def test_what_is_computed_ahead_is_all_the_teacher_is_asked(
+    bench: Bench, trainer: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = {"trainer": trainer, "num_steps": 4, "max_eval_samples": 0, **changes}
+    bench.run(**changes)
+    expected = weights(bench.folders.checkpoints / "final")
+    ahead = Bench(Home(tmp_path / "ahead").run("run"), LocalTeacher(Path(bench.teacher.info.path)), bench.settings)
+    complete, listener = ahead.run(**changes, precompute=True)
+    assert complete
+    assert ahead.teacher.unloaded
+    found = weights(ahead.folders.checkpoints / "final")
+    assert all(np.array_equal(value, found[name]) for name, value in expected.items())
+    said = [row["text"] for row in listener.of(EventKind.LOG)]
+    assert "the teacher is unloaded; its cache answers from now on" in said
+    assert all(row["cache_misses"] == 0 for row in listener.of(EventKind.METRICS)) or trainer == "sft"
+
+
+def test_a_teacher_that_another_run_needs_stays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OpdError(Reason.TEACHER_IN_USE, "another run needs it")
+
+    monkeypatch.setattr(bench.teacher, "unload", refuse)
+    complete, listener = bench.run(trainer="offline", num_steps=1, precompute=True)
+    assert complete
+    assert "the teacher stays in memory, as another run needs it" in [row["text"] for row in listener.of(EventKind.LOG)]
+
+
+def test_a_cache_too_small_for_the_run_is_told_before_the_student_loads(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = bench.teacher.score
+
+    def forgetful(requests: list[ScoreRequest]) -> Any:
+        bench.teacher.known.clear()
+        return score(requests)
+
+    monkeypatch.setattr(bench.teacher, "score", forgetful)
+    with pytest.raises(OpdError, match="the teacher cache is smaller than what this run asks"):
+        bench.run(trainer="offline", num_steps=1, precompute=True)
+    assert not bench.teacher.unloaded
+
+
+def test_a_stop_while_the_teacher_computes_ahead_ends_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken_off(_: list[ScoreRequest]) -> Any:
+        raise OpdError(Reason.CANCELLED, "left the call")
+
+    monkeypatch.setattr(bench.teacher, "score", broken_off)
+    complete, listener = bench.run(trainer="offline", precompute=True, should_stop=lambda: True)
+    assert not complete
+    assert not listener.training
+
+
 def test_a_prompt_without_a_completion_is_refused_by_its_line(bench: Bench) -> None:
     rows = Path(bench.settings["prompts_path"])
     rows.write_text("".join(json.dumps({"prompt": f"Tell me about {i}"}) + "\n" for i in range(12)))
@@ -308,7 +364,7 @@ def test_events_and_files_tell_the_same_story(bench: Bench) -> None:
     saved = [(row["step"], Path(row["path"]).name) for row in listener.of(EventKind.CHECKPOINT)]
     assert saved[0] == (1, "step_000001")
     assert {(3, "step_000003"), (6, "step_000006"), (8, "final")} <= set(saved)
-    best = min(evaluations[1:], key=lambda row: row["reverse_kl"])
+    best = min(evaluations[1:], key=lambda row: row["validation_kl"])
     assert [row["step"] for row in evaluations if row["is_best"]][-1] == best["step"]
     assert all(row["path"].endswith("best") for row in listener.of(EventKind.CHECKPOINT) if row["is_best"])
 
@@ -498,6 +554,6 @@ def test_an_existing_adapter_is_trained_further(bench: Bench, tmp_path: Path) ->
 
 
 def test_session_speaks_only_of_memory_it_recognises() -> None:
-    assert session.OUT_OF_MEMORY.search("[malloc] Unable to allocate 4096 bytes.")
-    assert session.OUT_OF_MEMORY.search("[METAL] Command buffer execution failed: Insufficient Memory")
-    assert not session.OUT_OF_MEMORY.search("[matmul] Last dimension of first input must match")
+    assert session.is_memory_fault(RuntimeError("[malloc] Unable to allocate 4096 bytes."))
+    assert session.is_memory_fault(RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory"))
+    assert not session.is_memory_fault(RuntimeError("[matmul] Last dimension of first input must match"))

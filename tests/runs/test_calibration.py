@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from opd_daemon.config import parse_config
+from opd_daemon.distill import batches, decoding, evaluation, footprint, live_preflight, workload
 from opd_daemon.distill.machines import named_machine, this_machine
 from opd_daemon.distill.planning import RunFacts, plan
 from opd_daemon.distill.rates import MeasuredRates, Pair, features, fit
@@ -23,6 +25,7 @@ from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs import calibration
 from opd_daemon.runs.calibration import Calibrations, key_of
 from opd_daemon.runs.plans import Planner, PlanRequest, does_not_fit
+from opd_daemon.teacher import TeacherService, generation, scoring
 from tests.sparse import write_sparse_model
 
 KINDS = ("sample", "write", "score", "learn", "update", "compare")
@@ -168,6 +171,22 @@ def test_a_refusal_says_how_much_and_what_to_do(request_: PlanRequest) -> None:
     assert error.reason is Reason.OUT_OF_MEMORY
     assert "MB" in error.message
     assert "--force" in error.message
+
+
+def test_plans_know_the_limits_the_daemon_and_the_worker_keep() -> None:
+    limits = inspect.signature(TeacherService).parameters
+    assert limits["token_budget"].default == footprint.SCORED_TOKENS
+    assert limits["piece"].default == footprint.SCORED_PIECE
+    assert limits["buffer_bytes"].default == footprint.DAEMON_CACHE_BYTES
+    assert scoring.CHUNK_BYTES == footprint.DAEMON_CHUNK_BYTES
+    assert generation.DECODING_SEQUENCES == workload.TEACHER_DECODES
+    assert generation.PREFILL_SEQUENCES == footprint.JOINING
+    assert decoding.LARGEST_BATCH == workload.STUDENT_DECODES
+    assert evaluation.SHOWN_ANSWERS == workload.SHOWN_ANSWERS
+    assert live_preflight.COMPLETIONS == workload.CHECKED
+    assert live_preflight.STUDENT_TOKENS == workload.CHECKED_TOKENS
+    for length in (1, 16, 17, 150, 662, 2049):
+        assert batches._width(length) == workload._padded(length)
 
 
 def test_this_machine_is_measured_with_the_runs_own_parts(request_: PlanRequest) -> None:
