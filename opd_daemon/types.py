@@ -145,6 +145,7 @@ class GenerateRequest:
 
     temperature 0 is greedy. A seed makes sampling repeatable. top_logprobs is the number of alternatives returned
     with each token. Generation ends at any EOS id of the model, any of stop_token_ids, or max_tokens.
+    masked_token_ids: never generated.
     """
 
     prompt_ids: tuple[int, ...]
@@ -154,6 +155,7 @@ class GenerateRequest:
     seed: int | None = None
     top_logprobs: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    masked_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

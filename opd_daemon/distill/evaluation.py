@@ -68,6 +68,7 @@ class Evaluator:
         self.table: TokenTable | None = None
         self._criterion = criterion(config, trainer)
         self._tokenwise = Tokenwise(teacher, student, config, masked_token_ids, head)
+        self._masked_token_ids = masked_token_ids
         self._rollouts: list[Rollout] | None = None
 
     @property
@@ -79,7 +80,7 @@ class Evaluator:
     def rollouts(self) -> list[Rollout]:
         """The teacher's greedy completions of the held-out prompts, generated once."""
         if self._rollouts is None:
-            self._rollouts = greedy_completions(self.teacher, self.prompts, self.config)
+            self._rollouts = greedy_completions(self.teacher, self.prompts, self.config, self._masked_token_ids)
         return self._rollouts
 
     def student_answers(self) -> list[Rollout]:
@@ -164,9 +165,18 @@ class Evaluator:
         )
 
 
-def greedy_completions(teacher: Teacher, prompts: Sequence[Prompt], config: RunConfig) -> list[Rollout]:
+def greedy_completions(
+    teacher: Teacher, prompts: Sequence[Prompt], config: RunConfig, masked_token_ids: tuple[int, ...] = ()
+) -> list[Rollout]:
     """The teacher's greedy completions of held-out prompts."""
-    return teacher_completions(teacher, prompts, max_tokens=config.max_generation_tokens, temperature=0.0, seed=0)
+    return teacher_completions(
+        teacher,
+        prompts,
+        max_tokens=config.max_generation_tokens,
+        temperature=0.0,
+        seed=0,
+        masked_token_ids=masked_token_ids,
+    )
 
 
 def ask_ahead(
@@ -176,7 +186,7 @@ def ask_ahead(
 
     True when every score came out of the cache already.
     """
-    rollouts = greedy_completions(teacher, prompts, config)
+    rollouts = greedy_completions(teacher, prompts, config, masked_token_ids)
     if teacher.info.supports_hidden:
         return all(answer.cached for answer in ask_states(teacher, rollouts, masked_token_ids))
     return all(target.cached for target in ask(teacher, rollouts, sparse_config(config), masked_token_ids))

@@ -41,12 +41,12 @@ def precompute(
     total = len(prompts.held_out) + len(needed)
     journal.log(f"the teacher computes ahead what this run will ask about {total} prompts")
     ask_ahead(teacher, prompts.held_out, config, masked_token_ids)
-    if written := checkable(greedy_completions(teacher, prompts.held_out, config)):
+    if written := checkable(greedy_completions(teacher, prompts.held_out, config, masked_token_ids)):
         check_teacher(teacher, written, masked_token_ids)
     done = len(prompts.held_out)
     for start in range(0, len(needed), AT_ONCE):
         some = needed[start : start + AT_ONCE]
-        for rollouts in completions(teacher, some, config, trainer):
+        for rollouts in completions(teacher, some, config, trainer, masked_token_ids):
             if trainer.uses_teacher:
                 ask(teacher, rollouts, config, masked_token_ids)
         done += len(some)
@@ -68,14 +68,24 @@ def needed_prompts(prompts: PromptSet, config: RunConfig) -> list[Prompt]:
 
 
 def completions(
-    teacher: Teacher, prompts: Sequence[Prompt], config: RunConfig, trainer: TrainerInfo
+    teacher: Teacher,
+    prompts: Sequence[Prompt],
+    config: RunConfig,
+    trainer: TrainerInfo,
+    masked_token_ids: tuple[int, ...],
 ) -> Iterator[list[Rollout]]:
     """What the trainer trains on at these prompts, from each of its sources."""
     sources = trainer.sources(config, trainer.options.model_validate(config.trainer_options))
     length = config.max_generation_tokens
     if sources.get("teacher"):
-        temperature = config.generation_temperature
-        yield teacher_completions(teacher, prompts, max_tokens=length, temperature=temperature, seed=config.seed)
+        yield teacher_completions(
+            teacher,
+            prompts,
+            max_tokens=length,
+            temperature=config.generation_temperature,
+            seed=config.seed,
+            masked_token_ids=masked_token_ids,
+        )
     if sources.get("data"):
         yield reference_completions(prompts, length)
 

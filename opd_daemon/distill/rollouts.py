@@ -117,12 +117,23 @@ def sample_completions(
 
 
 def teacher_completions(
-    teacher: Teacher, prompts: Sequence[Prompt], *, max_tokens: int, temperature: float, seed: int
+    teacher: Teacher,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    masked_token_ids: tuple[int, ...] = (),
 ) -> list[Rollout]:
-    """Let the teacher continue prompts. A prompt gets the same completion in every epoch."""
+    """Let the teacher continue prompts. A prompt gets the same completion in every epoch.
+
+    masked_token_ids: ids the student's tokenizer doesn't know, which the teacher is not to write.
+    """
     seeds = [(seed * 1_000_003 + prompt.index) % 2**32 for prompt in prompts]
     requests = [
-        GenerateRequest(prompt.teacher_token_ids, max_tokens, temperature, seed=own)
+        GenerateRequest(
+            prompt.teacher_token_ids, max_tokens, temperature, seed=own, masked_token_ids=masked_token_ids
+        )
         for prompt, own in zip(prompts, seeds, strict=True)
     ]
     rollouts = []

@@ -140,6 +140,20 @@ class RealVocabulary:
 
 
 def sampler(request: GenerateRequest) -> Sampler:
+    """Chooses the next token of a sequence, never a masked one."""
+    choose = chooser(request)
+    if not request.masked_token_ids:
+        return choose
+    masked = mx.array(request.masked_token_ids, dtype=mx.int32)[None]
+
+    def sample(logprobs: mx.array) -> mx.array:
+        places = mx.broadcast_to(masked, (len(logprobs), masked.shape[1]))
+        return choose(mx.put_along_axis(logprobs, places, mx.array(-mx.inf), -1))
+
+    return sample
+
+
+def chooser(request: GenerateRequest) -> Sampler:
     """Greedy at temperature 0; else samples at the temperature from the nucleus of mass top_p.
 
     Each sequence has its own chain of random keys, so what else is in the batch changes nothing.

@@ -89,6 +89,7 @@ def _generation_faults(index: int, request: GenerateRequest, info: TeacherInfo) 
     path = f"prompts[{index}]"
     yield from _ids_faults(f"{path}.tokens.token_ids", request.prompt_ids, info, least=1)
     yield from _ids_faults(f"{path}.stop_token_ids", request.stop_token_ids, info, least=0)
+    yield from _ids_faults(f"{path}.masked_token_ids", request.masked_token_ids, info, least=0)
     if request.max_tokens < 1:
         yield FieldViolation(f"{path}.max_tokens", f"{request.max_tokens}; must be at least 1")
     elif len(request.prompt_ids) + request.max_tokens > info.max_context:

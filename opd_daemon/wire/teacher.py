@@ -258,6 +258,7 @@ def prompt_to_proto(request: GenerateRequest) -> pb.GenerationPrompt:
         seed=request.seed,
         top_logprobs=request.top_logprobs,
         stop_token_ids=request.stop_token_ids,
+        masked_token_ids=request.masked_token_ids,
     )
 
 
@@ -271,6 +272,7 @@ def prompt_from_proto(message: pb.GenerationPrompt, prompt_ids: Sequence[int]) -
         seed=message.seed if message.HasField("seed") else None,
         top_logprobs=message.top_logprobs,
         stop_token_ids=tuple(message.stop_token_ids),
+        masked_token_ids=tuple(message.masked_token_ids),
     )
 
 

@@ -110,6 +110,7 @@ class LocalTeacher:
         tokens: list[GeneratedToken] = []
         while not tokens or not tokens[-1].finish_reason:
             logits = np.array(self.model(mx.array(ids)[None])[0, -1], dtype=np.float64)[: self.info.vocab_size]
+            logits[list(request.masked_token_ids)] = -np.inf
             logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
             token = int(logprobs.argmax())
             if request.temperature > 0:

@@ -533,6 +533,10 @@ def test_a_superset_vocabulary_is_masked_on_both_sides(bench: Bench, tmp_path: P
     assert "2 ids that only one of the two tokenizers knows" in listener.of(EventKind.LOG)[0]["text"]
     only_teacher = {other.teacher.info.vocab_size - 1, other.teacher.info.vocab_size - 2}
     assert all(set(request.masked_token_ids) == only_teacher for request in asked)
+    assert other.teacher.written
+    for request, tokens in other.teacher.written.items():
+        assert set(request.masked_token_ids) == only_teacher
+        assert not only_teacher & {token.token_id for token in tokens}
 
 
 def test_tokenizers_that_disagree_are_refused(bench: Bench, tmp_path: Path) -> None:

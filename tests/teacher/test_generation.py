@@ -125,3 +125,16 @@ def test_the_nucleus_is_the_fewest_tokens_that_reach_the_mass(top_p: float, kept
     logits = mx.log(mx.array([[0.05, 0.55, 0.15, 0.25]]))
     found = np.array(nucleus(logits, top_p))[0]
     assert list(np.flatnonzero(np.isfinite(found))) == kept
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_masked_ids_are_never_generated(home: Home, tiny_teacher: Path, temperature: float) -> None:
+    plain = [GenerateRequest(prompt, 12, temperature, seed=1) for prompt in PROMPTS[:4]]
+
+    async def work(service: TeacherService) -> None:
+        masked = tuple(sorted({index for tokens in await generate_all(service, plain) for index in ids_of(tokens)}))
+        asked = [GenerateRequest(prompt, 12, temperature, seed=1, masked_token_ids=masked) for prompt in PROMPTS[:4]]
+        for tokens in await generate_all(service, asked):
+            assert not {*ids_of(tokens)} & {*masked}
+
+    home.run(work, tiny_teacher)

@@ -40,5 +40,6 @@ class Completions:
             max_tokens=self.context.config.max_generation_tokens,
             temperature=self.context.config.generation_temperature,
             seed=self.context.config.seed,
+            masked_token_ids=self.context.masked_token_ids,
         )
         self.known |= {rollout.prompt.index: rollout for rollout in rollouts}
