@@ -131,9 +131,7 @@ def teacher_completions(
     """
     seeds = [(seed * 1_000_003 + prompt.index) % 2**32 for prompt in prompts]
     requests = [
-        GenerateRequest(
-            prompt.teacher_token_ids, max_tokens, temperature, seed=own, masked_token_ids=masked_token_ids
-        )
+        GenerateRequest(prompt.teacher_token_ids, max_tokens, temperature, seed=own, masked_token_ids=masked_token_ids)
         for prompt, own in zip(prompts, seeds, strict=True)
     ]
     rollouts = []
