@@ -66,11 +66,13 @@ class TeacherServicer(rpc.TeacherServiceServicer):
             raise invalid("sequences", "none given; send at least one sequence")
         requests = await self._score_requests(request, info)
         yield pb.ComputeLogprobsResponse(identity=_identity(info))
+        run_id = caller.get().run_id
         results = self._teacher.score(
             requests,
             teacher=info,
-            client=caller.get().run_id or context.peer(),
+            client=run_id or context.peer(),
             use_cache=not request.skip_cache,
+            apart=bool(run_id),  # a run resumes to the bit, whoever else asked the teacher meanwhile
             deadline=_deadline(context),
         )
         async with aclosing(results):

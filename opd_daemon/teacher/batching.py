@@ -22,12 +22,16 @@ LEAST_PREFIX = 8
 
 @dataclass(eq=False, slots=True)
 class ScoreItem:
-    """One sequence to score. `deliver` is called once, on the engine's thread, with the result and milliseconds."""
+    """One sequence to score. `deliver` is called once, on the engine's thread, with the result and milliseconds.
+
+    together: only items of the same value share a forward pass.
+    """
 
     request: ScoreRequest
     client: str
     deliver: Callable[[Scores | OpdError, float], None]
     deadline: float | None = None
+    together: object = None
     cancelled: bool = False
 
     @property
@@ -119,6 +123,7 @@ def next_batch(queue: FairQueue[ScoreItem], token_budget: int, *, shares: bool) 
     come together. Else they are of about one length, as they are padded to it.
     """
     items = list(islice(queue.in_turn(), SCANNED_ITEMS))
+    items = [item for item in items if item.together is items[0].together]
     return (_sharing(items, token_budget) if shares else []) or _alike(items, token_budget)
 
 

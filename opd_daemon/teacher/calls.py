@@ -43,13 +43,17 @@ class Desk:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Who asks whom: the teacher of `info`, which need not be in memory; `absent` says why not (missing, total)."""
+    """Who asks whom: the teacher of `info`, which need not be in memory; `absent` says why not (missing, total).
+
+    apart: no other call shares its forward passes.
+    """
 
     desk: Desk
     info: TeacherInfo
     absent: Callable[[int, int], OpdError]
     client: str
     use_cache: bool
+    apart: bool = False
 
     def require_teacher(self, missing: int, total: int) -> None:
         """Make sure that what the cache lacks can be computed. Raises TEACHER_NOT_LOADED or TEACHER_CHANGED."""
@@ -113,7 +117,8 @@ async def scores(
 
     def compute(indices: Sequence[int]) -> None:
         call.require_teacher(len(indices), len(requests))
-        new = [ScoreItem(requests[index], call.client, partial(deliver, index), deadline) for index in indices]
+        together = items if call.apart else None
+        new = [ScoreItem(requests[index], call.client, partial(deliver, index), deadline, together) for index in indices]
         if new:
             desk.engine.score(info.digest, new)
             items.extend(new)

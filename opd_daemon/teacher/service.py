@@ -167,11 +167,13 @@ class TeacherService:
         teacher: TeacherInfo | None = None,
         client: str = "",
         use_cache: bool = True,
+        apart: bool = False,
         deadline: float | None = None,
     ) -> AsyncGenerator[tuple[int, CachedScores], None]:
         """Score sequences; yields (index into `requests`, scores) as they are ready.
 
-        `teacher` is who is asked (see `meant`), `client` shares the teacher fairly, `deadline` is in `time.monotonic`
+        `teacher` is who is asked (see `meant`), `client` shares the teacher fairly, `apart` computes nobody else's
+        sequences beside these, so that their last bits depend on this call alone, `deadline` is in `time.monotonic`
         seconds. `milliseconds` is what computing took, now or, if cached, once. Closing the iterator frees the work.
         Raises INVALID_REQUEST, TEACHER_NOT_LOADED, TEACHER_LOADING or HIDDEN_NOT_SUPPORTED at once; QUEUE_FULL, and
         TEACHER_NOT_LOADED or TEACHER_CHANGED for a teacher that is not in memory and not all of whose answers are
@@ -180,7 +182,7 @@ class TeacherService:
         """
         info = teacher or self._ready().info
         check_scores(requests, info)
-        call = Call(self._desk, info, partial(self._absent, info), client, use_cache=use_cache)
+        call = Call(self._desk, info, partial(self._absent, info), client, use_cache=use_cache, apart=apart)
         return scores(call, requests, deadline=deadline)
 
     def generate(

@@ -214,6 +214,32 @@ def test_the_service_shares_the_prompts_of_one_call(home: Home, tiny_teacher: Pa
     assert_same(home.run(work, tiny_teacher, piece=9, token_budget=40), expected)
 
 
+def test_items_of_different_companies_never_meet_in_a_batch() -> None:
+    requests = [sample(random_ids(30, 1), 20, seed) for seed in range(5)]
+    queue, items = queue_of(requests)
+    run = object()
+    items[1].together = items[4].together = run
+    assert next_batch(queue, 2048, shares=False) == [items[0], *items[2:4]]
+    queue.take([items[0], *items[2:4]])
+    assert next_batch(queue, 2048, shares=True) == [items[1], items[4]]
+
+
+def test_a_call_apart_gets_the_same_bits_whoever_else_asks(home: Home, tiny_teacher: Path) -> None:
+    mine = [sample(random_ids(21, 3), 12, seed, vocab=400) for seed in range(3)]
+    others = [sample(random_ids(40, 4 + seed), 9, seed, vocab=400) for seed in range(40)]
+
+    async def work(service: TeacherService) -> None:
+        quiet = await score_all(service, mine, use_cache=False, apart=True)
+        calls = [score_all(service, [request], use_cache=False, client=str(i)) for i, request in enumerate(others)]
+        twins = [score_all(service, mine, use_cache=False, apart=True) for _ in range(2)]
+        busy = (await asyncio.gather(*calls[:20], *twins, *calls[20:]))[20:22]
+        for answers in busy:
+            for alone, beside in zip(quiet, answers, strict=True):
+                assert np.array_equal(alone.scores.hidden, beside.scores.hidden)
+
+    home.run(work, tiny_teacher)
+
+
 def test_two_clients_share_a_prompt(home: Home, tiny_teacher: Path) -> None:
     prompt = random_ids(100, 1)
     requests = [sample(prompt, 10, seed, vocab=400) for seed in range(2)]
