@@ -46,6 +46,7 @@ LFM2 = {
 FAMILIES: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "llama": ({"tie_word_embeddings": False}, (1.0, 0.0)),
     "qwen2": ({"tie_word_embeddings": True}, (1.0, 0.0)),
+    "qwen3": ({"tie_word_embeddings": True, "rope_theta": 10000.0}, (1.0, 0.0)),
     "gemma2": ({"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16}, (1.0, 3.0)),
     "cohere": ({"logit_scale": 0.3}, (0.3, 0.0)),
     "granite": (GRANITE | {"tie_word_embeddings": False}, (1 / 6, 0.0)),

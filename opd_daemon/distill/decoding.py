@@ -70,7 +70,7 @@ def _decode_batch(student: Student, rows: Sequence[Continuation], sampling: Samp
     inputs = [row.prompt[-1] for row in rows]
     while rows:
         tokens = mx.array(inputs, dtype=mx.int32)[:, None]
-        _append(rows, student.vocabulary(student.model(tokens, cache=cache)[:, -1]), student, sampling)
+        _append(rows, student.vocabulary(student.decoder(tokens, cache)[:, -1]), student, sampling)
         keep = [place for place, row in enumerate(rows) if row.stopped is None]
         if 0 < len(keep) < len(rows):
             for entry in cache:

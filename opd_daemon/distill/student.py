@@ -35,6 +35,7 @@ from opd_daemon.distill.tape import drivable_blocks
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.models.folder import read_folder
 from opd_daemon.models.host import use_host_activations
+from opd_daemon.models.host_decoder import Decoder, decoder_of
 from opd_daemon.models.split import split
 
 LOAD_FAULTS = (ValueError, FileNotFoundError, KeyError, TypeError)
@@ -96,6 +97,11 @@ class Student:
     def blocks(self) -> Blocks | None:
         """The blocks, where gradients can be taken one block at a time; proved on first use."""
         return drivable_blocks(self.model, self.parts)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """What decodes a token for each of several sequences; proved on first use."""
+        return decoder_of(self.model, self.parts)
 
     def parameters(self) -> dict[str, mx.array]:
         """The trainable tensors, by name."""

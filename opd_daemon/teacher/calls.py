@@ -118,7 +118,9 @@ async def scores(
     def compute(indices: Sequence[int]) -> None:
         call.require_teacher(len(indices), len(requests))
         together = items if call.apart else None
-        new = [ScoreItem(requests[index], call.client, partial(deliver, index), deadline, together) for index in indices]
+        new = [
+            ScoreItem(requests[index], call.client, partial(deliver, index), deadline, together) for index in indices
+        ]
         if new:
             desk.engine.score(info.digest, new)
             items.extend(new)

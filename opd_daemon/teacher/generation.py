@@ -127,12 +127,12 @@ class RealVocabulary:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._model = loaded.model
+        self._decoder = loaded.decoder
         self._size = loaded.vocab_size
 
     def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
         """Logits (B, T, V) of tokens (B, T)."""
-        output = self._model(tokens, cache=cache)
-        logits: mx.array = output if isinstance(output, mx.array) else output.logits
+        logits = self._decoder(tokens, cache)
         return logits[..., : self._size].astype(mx.float32)
 
     def __getattr__(self, name: str) -> Any:

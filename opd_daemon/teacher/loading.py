@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.models.folder import ModelFolder
 from opd_daemon.models.host import use_host_activations
+from opd_daemon.models.host_decoder import Decoder, decoder_of
 from opd_daemon.models.split import SplitModel, split
 from opd_daemon.teacher import mlxlm
 from opd_daemon.teacher.folder import load_failed
@@ -31,7 +32,8 @@ OUT_OF_MEMORY_SIGNS = ("malloc", "alloc", "out of memory", "insufficient memory"
 class LoadedModel:
     """A frozen model in memory. `vocab_size` is the tokenizer's, at most the logits' width.
 
-    shares_prefixes: whether what sequences begin with may be computed once for all of them.
+    shares_prefixes: whether what sequences begin with may be computed once for all of them. decoder: computes the
+    next token's logits.
     """
 
     model: Any
@@ -39,6 +41,7 @@ class LoadedModel:
     vocab_size: int
     weight_bytes: int
     shares_prefixes: bool
+    decoder: Decoder
 
 
 def check_architecture(folder: ModelFolder) -> None:
@@ -81,13 +84,14 @@ def load(folder: ModelFolder, vocab_size: int, report: Callable[[float], None]) 
         use_host_activations(model)
         parts = split(model, vocab_size)
         shares = can_share(model, parts, vocab_size)
+        decoder = decoder_of(model, parts)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise out_of_memory(folder.name) from error
         raise load_failed(folder.name, _cause(error)) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise load_failed(folder.name, f"the weights don't fit config.json: {_cause(error)}") from error
-    return LoadedModel(model, parts, min(vocab_size, parts.width), folder.weight_bytes, shares)
+    return LoadedModel(model, parts, min(vocab_size, parts.width), folder.weight_bytes, shares, decoder)
 
 
 def warm(loaded: LoadedModel) -> None:

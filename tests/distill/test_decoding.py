@@ -63,7 +63,13 @@ def unbatchable(student: Student) -> Any:
 def as_student(model: Any) -> Any:
     if hasattr(model, "parameters"):
         mx.eval(model.parameters())
-    return SimpleNamespace(model=model, vocabulary=VocabularyMask(WIDTH), vocab_size=WIDTH, eos_ids=())
+    return SimpleNamespace(
+        model=model,
+        decoder=lambda tokens, cache: model(tokens, cache=cache),
+        vocabulary=VocabularyMask(WIDTH),
+        vocab_size=WIDTH,
+        eos_ids=(),
+    )
 
 
 def continuations(lengths: list[int], tokens: int) -> list[Continuation]:

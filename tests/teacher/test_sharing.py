@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import ChunkedKVCache
 
+from opd_daemon.models.host_decoder import decoder_of
 from opd_daemon.models.split import split
 from opd_daemon.teacher import TeacherService
 from opd_daemon.teacher.batching import FairQueue, ScoreItem, next_batch
@@ -38,7 +39,7 @@ def sample(prompt: np.ndarray, size: int, seed: int, *, score_from: int = 0, voc
 def family(name: str) -> LoadedModel:
     model = tiny_family(name)
     parts = split(model, VOCAB)
-    return LoadedModel(model, parts, VOCAB, 0, can_share(model, parts, VOCAB))
+    return LoadedModel(model, parts, VOCAB, 0, can_share(model, parts, VOCAB), decoder_of(model, parts))
 
 
 @dataclass
@@ -128,7 +129,7 @@ def test_a_model_whose_head_is_part_of_its_body_shares_as_well(tiny_teacher: Pat
     model = tiny_family("qwen2")
     parts = split(lambda tokens, cache=None: model(tokens, cache=cache), VOCAB)
     assert parts.refusal
-    loaded = LoadedModel(model, parts, VOCAB, 0, can_share(model, parts, VOCAB))
+    loaded = LoadedModel(model, parts, VOCAB, 0, can_share(model, parts, VOCAB), decoder_of(model, parts))
     prompt = random_ids(30, 5, VOCAB)
     requests = [replace(sample(prompt, 6, seed), wants=replace(EVERYTHING, hidden=False)) for seed in range(4)]
     with counted(loaded) as (watched, forwards):

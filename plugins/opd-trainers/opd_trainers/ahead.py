@@ -1,14 +1,13 @@
-"""Rollouts sampled one update ahead, so that the teacher scores them while the student trains on the ones before."""
+"""Rollouts of two steps sampled together: half the decoding, and the teacher scores the second half during training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from opd_daemon.distill import Prompt, Rollout, Step, TeacherTargets, load_rollouts, save_rollouts, score, step_seed
+from opd_daemon.distill import Rollout, Step, TeacherTargets, load_rollouts, save_rollouts, score
 from opd_daemon.trainer import TrainContext
 from opd_trainers.options import OnPolicyOptions
 from opd_trainers.sampling import sample
@@ -19,10 +18,11 @@ Pending = tuple[list[Rollout], Future[list[TeacherTargets]]]
 
 
 class OneAhead:
-    """Rollouts of a step and of the one after it.
+    """Rollouts of a step and of the one after it, sampled by one student: every second step's are an update old.
 
-    Only the calls to the teacher run beside the training; whatever needs MLX stays in the trainer's own thread. What
-    was sampled by a student that an update has changed since can't be sampled again, so checkpoints keep it.
+    Decoding costs nearly the same for twice the sequences. Only the calls to the teacher run beside the training;
+    whatever needs MLX stays in the trainer's own thread. What was sampled by a student that an update has changed since
+    can't be sampled again, so checkpoints keep it.
     """
 
     def __init__(self, context: TrainContext, options: OnPolicyOptions) -> None:
@@ -44,21 +44,23 @@ class OneAhead:
         self.caller.shutdown(wait=fault is None, cancel_futures=True)
 
     def take(self, step: Step) -> Pending:
-        """The rollouts of this step and the teacher's coming answer; samples those of the next step first."""
+        """The rollouts of this step and the teacher's coming answer."""
         for done in [number for number in self.pending if number < step.number]:
             del self.pending[done]
         if step.number not in self.pending:
-            self._sample(step.number, step.prompts, version=step.number - 1)
-        if step.number < self.context.config.num_steps:
-            cursor = self.context.loop.progress.cursor + len(step.prompts)
-            coming = self.context.prompts.take(cursor, len(step.prompts))
-            self._sample(step.number + 1, coming, version=step.number - 1)
+            self._sample(step)
         return self.pending[step.number]
 
-    def _sample(self, number: int, prompts: Sequence[Prompt], version: int) -> None:
+    def _sample(self, step: Step) -> None:
+        """Sample for this step and the next one, together."""
+        prompts = list(step.prompts)
+        if step.number < self.context.config.num_steps:
+            prompts += self.context.prompts.take(self.context.loop.progress.cursor + len(prompts), len(prompts))
         repeated = [prompt for prompt in prompts for _ in range(self.options.samples_per_prompt)]
-        seed = step_seed(self.context.config.seed, number)
-        self._ask(number, sample(self.context, self.options, repeated, seed=seed, version=version))
+        rollouts = sample(self.context, self.options, repeated, seed=step.seed, version=step.number - 1)
+        each = len(step.prompts) * self.options.samples_per_prompt
+        for place in range(0, len(rollouts), each):
+            self._ask(step.number + place // each, rollouts[place : place + each])
 
     def _ask(self, number: int, rollouts: list[Rollout]) -> None:
         self.pending[number] = rollouts, self.caller.submit(score, self.context, rollouts)

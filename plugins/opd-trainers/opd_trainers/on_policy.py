@@ -46,7 +46,7 @@ class OnPolicy:
                 step.update()
 
     def _train_ahead(self, context: TrainContext, ahead: OneAhead) -> None:
-        """The same with staleness 1: the next step's rollouts are on their way to the teacher while this one trains."""
+        """The same with staleness 1: two steps' rollouts at once, the second ones scored while the first ones train."""
         for step in context.loop:
             with step.phase("rollout"):
                 rollouts, scoring = ahead.take(step)

@@ -53,8 +53,8 @@ class OnPolicyOptions(SamplingOptions):
         0,
         ge=0,
         le=1,
-        description="1: sample a step's completions before the update ahead of it, so that the teacher scores them "
-        "while the student trains.",
+        description="1: sample the completions of two steps together, which halves the decoding; those of every second "
+        "step are then one update old, and the teacher scores them while the student trains.",
     )
 
 
