@@ -124,6 +124,16 @@ async def test_a_run_that_will_not_fit_is_refused_with_advice_unless_it_is_force
 
 
 @asynchronous
+async def test_a_plan_knows_whether_the_teacher_is_loaded(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    async with stage.daemon() as daemon:
+        for loaded in ("", "/m/another", stage.values()["teacher_model_path"]):
+            stage.teacher = loaded
+            await daemon.runs.create(stage.values(), validate_only=True)
+    assert [request.teacher_loaded for request in stage.plan_requests] == [False, False, True]
+
+
+@asynchronous
 async def test_another_machine_is_planned_for_but_not_run_on(tmp_path: Path) -> None:
     async with Stage(tmp_path).daemon() as daemon:
         values = daemon.stage.values()
