@@ -1,5 +1,7 @@
 """The PEFT side of `peft_logits.py`, for the environment with torch: logits of a base with an adapter, "" for none.
 
+Once in float32 and once in float64, which tells how far off float32 is by itself.
+
 python bench/peft_torch.py BASE ADAPTER TOKENS.npy LOGITS.npy
 """
 
@@ -23,9 +25,11 @@ def main() -> None:
         model = (PeftModel.from_pretrained(plain, adapter) if adapter else plain).eval()
     for warning in caught:
         print(f"PEFT: {warning.message}")
+    ids = torch.tensor(np.load(tokens).astype(np.int64))
     with torch.no_grad():
-        found = model(torch.tensor(np.load(tokens).astype(np.int64))).logits
-    np.save(logits, found.numpy())
+        single = model(ids).logits
+        double = model.double()(ids).logits
+    np.save(logits, np.stack([single.double().numpy(), double.numpy()]))
 
 
 if __name__ == "__main__":
