@@ -28,7 +28,7 @@ from opd_daemon.distill.data import Prompt, Row, TeacherReader, tokenise
 from opd_daemon.distill.logits import on_host
 from opd_daemon.distill.memory import limit_memory
 from opd_daemon.distill.rollouts import Rollout, teacher_completions
-from opd_daemon.distill.session import mask_unshared
+from opd_daemon.distill.session import mask_vocabulary, unshared_ids
 from opd_daemon.distill.shape import in_float32, shape_of
 from opd_daemon.distill.student import Student, load_base
 from opd_daemon.distill.tokenwise import Tokenwise
@@ -97,6 +97,9 @@ class Comparison:
         self._wardrobe = Wardrobe(config)
         self._max_tokens = request.max_tokens or config.max_generation_tokens
         self._prompts = self._tokenised()
+        self._unshared = unshared_ids(config, logger.info)
+        # No student could be asked about ids that only the teacher knows, so it says none of them here either.
+        self._masked = tuple(index for index in self._unshared if index < teacher.info.vocab_size)
 
     def run(self) -> None:
         """Let the teacher answer first, as the others are compared on its completions; then each student."""
@@ -130,6 +133,7 @@ class Comparison:
                 max_tokens=self._max_tokens,
                 temperature=self._request.temperature,
                 seed=self._config.seed,
+                masked_token_ids=self._masked,
             )
             return Answers(tuple(rollouts), 0.0)
         answers = self._answers("teacher", self._speak)
@@ -140,7 +144,7 @@ class Comparison:
 
     def _student_answers(self, name: str, reference: Answers, *, speeds: bool) -> None:
         with self._wardrobe.wearing(self._adapters.get(name)) as student:
-            masked = mask_unshared(self._config, self._teacher, student, logger.info)
+            mask_vocabulary(student, self._teacher, self._unshared)
             answers = self._answers(name, lambda request: student_pieces(student, request))
             summary = ModelSummary(
                 answers.tokens,
@@ -152,7 +156,7 @@ class Comparison:
             if speeds and reference.seconds and answers.seconds:
                 teacher_speed = reference.tokens / reference.seconds
                 summary = replace(summary, speedup=summary.tokens_per_second / teacher_speed)
-            self._report(ModelAnswer(name, summary=self._likeness(summary, student, reference, masked)))
+            self._report(ModelAnswer(name, summary=self._likeness(summary, student, reference)))
 
     def _answers(self, name: str, answering: Answering) -> Answers:
         for _ in answering(self._generation(self._prompts[0], name, WARM_UP_TOKENS)):
@@ -173,15 +177,17 @@ class Comparison:
         return Answers(tuple(rollouts), seconds)
 
     def _generation(self, prompt: Prompt, name: str, max_tokens: int) -> GenerateRequest:
-        ids = prompt.teacher_token_ids if name == "teacher" else prompt.token_ids
         seed = (self._config.seed + prompt.index) % 2**32
-        return GenerateRequest(ids, max_tokens, self._request.temperature, seed=seed)
+        temperature = self._request.temperature
+        if name != "teacher":
+            return GenerateRequest(prompt.token_ids, max_tokens, temperature, seed=seed)
+        return GenerateRequest(
+            prompt.teacher_token_ids, max_tokens, temperature, seed=seed, masked_token_ids=self._masked
+        )
 
-    def _likeness(
-        self, summary: ModelSummary, student: Student, reference: Answers, masked: tuple[int, ...]
-    ) -> ModelSummary:
+    def _likeness(self, summary: ModelSummary, student: Student, reference: Answers) -> ModelSummary:
         """The summary with what sets the student apart from the teacher, on the teacher's completions."""
-        tokenwise = Tokenwise(self._teacher, student, self._config, masked)
+        tokenwise = Tokenwise(self._teacher, student, self._config, self._masked)
         found = summarise(tokenwise.compare(reference.rollouts))
         if not tokenwise.exact:  # the rest would be bounds, not values
             return replace(summary, agreement=found.agreement)
@@ -227,13 +233,27 @@ class Wardrobe:
             mx.clear_cache()
 
 
+class Decoding:
+    """A student as mlx-lm's generator sees it; a token is decoded as it is in a run."""
+
+    def __init__(self, student: Student) -> None:
+        self._student = student
+
+    def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+        """Logits (B, T, V) of tokens (B, T)."""
+        return self._student.decoder(tokens, cache)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._student.model, name)
+
+
 def student_pieces(student: Student, request: GenerateRequest) -> Iterator[Piece]:
     """A student's answer to one prompt, token by token, as mlx-lm generates it."""
     mx.random.seed(request.seed or 0)
     text = TextStream(student.tokenizer.decode, student.eos_ids)
     steps = generate_step(
         mx.array(request.prompt_ids),
-        student.model,
+        Decoding(student),
         max_tokens=request.max_tokens,
         sampler=make_sampler(temp=request.temperature),
         # Real ids only; a model whose head is padded could say others.

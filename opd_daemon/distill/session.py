@@ -191,19 +191,12 @@ def read_prompts(config: RunConfig, tokenizer: Any, teacher: Teacher, journal: J
     return prompts
 
 
-def mask_unshared(config: RunConfig, teacher: Teacher, student: Student, say: Callable[[str], None]) -> tuple[int, ...]:
-    """Give ids that only one model knows no mass on either side, and say so. Returns those the teacher has to mask.
+def unshared_ids(config: RunConfig, say: Callable[[str], None]) -> tuple[int, ...]:
+    """Ids that only one of the two tokenizers knows, which get no mass on either side; says so.
 
     Raises:
         OpdError: TOKENIZER_MISMATCH naming the first ids that mean different tokens.
     """
-    unshared = unshared_ids(config, say)
-    mask_vocabulary(student, teacher, unshared)
-    return tuple(index for index in unshared if index < teacher.info.vocab_size)
-
-
-def unshared_ids(config: RunConfig, say: Callable[[str], None]) -> tuple[int, ...]:
-    """Ids that only one of the two tokenizers knows. Raises TOKENIZER_MISMATCH as `mask_unshared`."""
     match = compare_vocabularies(
         load_vocabulary(Path(config.teacher_model_path)), load_vocabulary(Path(config.base_model_path))
     )
