@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from opd_daemon.config import RunConfig, config_violations
 from opd_daemon.distill.adapter import adapter_faults, lora_faults
-from opd_daemon.distill.data import Row, scan_rows
+from opd_daemon.distill.data import Row, scan_rows, tokenise
 from opd_daemon.distill.optimizer_options import optimizer_faults
 from opd_daemon.errors import FieldViolation, OpdError
 from opd_daemon.models.folder import ModelFolder, read_folder
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from opd_daemon.trainer import TrainerInfo
 
 FAULTS_SHOWN = 5
+# What chat templates put around a conversation, a default system prompt included, and around each of its turns.
+TEMPLATE_TOKENS, TURN_TOKENS = 64, 8
 
 
 def check_run(config: RunConfig, trainer: TrainerInfo | None) -> list[FieldViolation]:
@@ -158,7 +160,7 @@ def _check_rows(config: RunConfig, *, needs_completions: bool) -> list[FieldViol
         sound = [entry for entry in rows if isinstance(entry, Row)]
         if needs_completions and name != "validation_prompts_path":
             violations += _check_completions(name, sound)
-        violations += _check_texts(config, sound)
+        violations += _check_texts(config, name, sound)
     return violations
 
 
@@ -169,27 +171,39 @@ def _check_completions(name: str, rows: list[Row]) -> Iterator[FieldViolation]:
         yield _violation(name, f"{lacking.place}: has no completion to learn; {cure}")
 
 
-def _check_texts(config: RunConfig, rows: list[Row]) -> Iterator[FieldViolation]:
-    # A token is at least a byte long, so only rows longer than that can be too long.
-    long = [row for row in rows if len(row.prompt.encode()) > config.max_prompt_tokens]
+def _check_texts(config: RunConfig, name: str, rows: list[Row]) -> Iterator[FieldViolation]:
+    """Whether prompts are too long once the chat template is around them. Only rows that may be are tokenised."""
+    # A token is at least a byte long.
+    long = [row for row in rows if _most_tokens(row) > config.max_prompt_tokens]
     file = Path(config.base_model_path) / "tokenizer.json"
     if not long or not file.is_file():
         return
-    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
 
     try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as fault:  # noqa: BLE001 - the library raises nothing more special for a broken file
+        tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, local_files_only=True, trust_remote_code=False)
+    except Exception as fault:  # noqa: BLE001 - the libraries raise nothing more special for a broken file
         yield _violation(
             "base_model_path", f"{file}: {' '.join(str(fault).split())}; copy the model's tokenizer files again"
         )
         return
     for row in long:
-        count = len(tokenizer.encode(row.prompt, add_special_tokens=False).ids) // (1 if row.messages else 2)
+        try:
+            count = len(tokenise(row, 0, tokenizer, (0,)).token_ids)
+        except OpdError as fault:
+            yield _violation(name, fault.message)
+            return
         if count > config.max_prompt_tokens:
             message = f"{row.place}: {count} tokens; shorten the prompt or raise max_prompt_tokens"
             yield _violation("max_prompt_tokens", f"{config.max_prompt_tokens}: {message}")
             return
+
+
+def _most_tokens(row: Row) -> int:
+    """More tokens than a row's prompt has, unless its chat template says more than is usual."""
+    if not row.messages:
+        return (len(row.text.encode()) + 1) // 2 + 1
+    return TEMPLATE_TOKENS + sum(len(turn["content"].encode()) + TURN_TOKENS for turn in row.messages)
 
 
 def _violation(name: str, description: str) -> FieldViolation:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict
+from transformers import AutoTokenizer
 
 from opd_daemon.config import LoraConfig, RunConfig, parse_config
 from opd_daemon.distill.adapter import CONFIG, WEIGHTS
@@ -154,6 +155,19 @@ def test_computing_ahead_needs_the_cache(settings: dict[str, Any]) -> None:
     assert check_run(parse_config({**settings, "precompute": True}), offline) == []
     (fault,) = check_run(parse_config({**settings, "precompute": True, "use_cache": False}), offline)
     assert (fault.field, "use_cache true" in fault.description) == ("config.precompute", True)
+
+
+def test_the_chat_template_counts_towards_a_prompts_length(settings: dict[str, Any]) -> None:
+    rows = [json.loads(line)["prompt"] for line in Path(settings["prompts_path"]).read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(settings["base_model_path"])
+    bare = max(len(tokenizer.encode(text)) for text in rows)
+    whole = max(
+        len(tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"])
+        for text in rows
+    )
+    assert bare < whole
+    assert faults({**settings, "max_prompt_tokens": whole}) == {}
+    assert "tokens; shorten the prompt" in faults({**settings, "max_prompt_tokens": bare})["config.max_prompt_tokens"]
 
 
 @pytest.mark.parametrize(
