@@ -95,9 +95,8 @@ def worker_parts(work: Workload, pair: Pair, memory_bytes: int) -> list[Part]:
     rows = int(work.largest.rows)
     chunk = _chunk(WORKER_CHUNK_BYTES, student.width, rows)
     copies = EXACT_COPIES if pair.exact else SPARSE_COPIES
-    sampled = min(STUDENT_DECODES, work.step_sequences) if work.regime.on_policy else 0
     shown = min(config.max_eval_samples, len(work.lengths.held_out), STUDENT_DECODES)
-    decoding = max(sampled, shown) * _cached(work.context) * student.kv_bytes()
+    decoding = max(work.sampled_sequences, shown) * _cached(work.context) * student.kv_bytes()
     activations = activation_bytes(work, pair, memory_bytes)
     parts = [
         Part("worker", "process", WORKER_PROCESS_BYTES),

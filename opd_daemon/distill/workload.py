@@ -125,7 +125,8 @@ class Regime:
     """Whose completions are trained on, and what they cost.
 
     on_policy: share of steps whose completions the student samples. writes: the others are written by the teacher
-    rather than given. scores: the teacher scores them. samples_per_prompt, prefix_tokens: as the trainer's options.
+    rather than given. scores: the teacher scores them. samples_per_prompt, prefix_tokens, staleness: as the
+    trainer's options.
     """
 
     on_policy: float
@@ -133,6 +134,7 @@ class Regime:
     scores: bool
     samples_per_prompt: int = 1
     prefix_tokens: int = 0
+    staleness: int = 0
 
     @classmethod
     def of(cls, config: RunConfig, trainer: TrainerInfo) -> Regime:
@@ -145,6 +147,7 @@ class Regime:
             scores=trainer.uses_teacher and config.kl_weight > 0,
             samples_per_prompt=int(getattr(options, "samples_per_prompt", 1)),
             prefix_tokens=int(getattr(options, "prefix_tokens", 0)),
+            staleness=int(getattr(options, "staleness", 0)),
         )
 
 
@@ -163,6 +166,11 @@ class Workload:
     def step_sequences(self) -> int:
         """Sequences in an optimizer step."""
         return self.config.batch_size * self.config.gradient_accumulation_steps
+
+    @property
+    def sampled_sequences(self) -> int:
+        """Sequences the student samples at once."""
+        return min(STUDENT_DECODES, self.step_sequences * (1 + self.regime.staleness)) if self.regime.on_policy else 0
 
 
 def workload_of(config: RunConfig, regime: Regime, lengths: Lengths) -> Workload:
@@ -218,9 +226,11 @@ def _rollouts(config: RunConfig, regime: Regime, lengths: Lengths) -> list[Task]
     tasks = []
     if regime.on_policy:
         tokens = min(tokens, regime.prefix_tokens or tokens)
-        calls = -(-size // STUDENT_DECODES)
-        item = Decode(size / calls, prompt, tokens, size / calls / regime.samples_per_prompt)
-        tasks.append(Task("rollout", "sample", item, regime.on_policy * config.num_steps * calls))
+        steps = 1 + regime.staleness  # whose completions are sampled together
+        calls = -(-size * steps // STUDENT_DECODES)
+        together = size * steps / calls
+        item = Decode(together, prompt, tokens, together / regime.samples_per_prompt)
+        tasks.append(Task("rollout", "sample", item, regime.on_policy * config.num_steps * calls / steps))
     if regime.on_policy < 1 and regime.writes:
         distinct = min(lengths.train_count, (1 - regime.on_policy) * config.num_steps * size)
         together = min(TEACHER_DECODES, distinct)

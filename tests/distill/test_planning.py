@@ -127,6 +127,11 @@ def test_samples_of_one_prompt_are_prefilled_once_and_prefixes_are_shorter() -> 
     assert scored == (Forward(6, pytest.approx(10 + 20 / 3), 60), 10)
 
 
+def test_with_staleness_two_steps_are_sampled_together() -> None:
+    regime = Regime(1.0, writes=False, scores=True, staleness=1)
+    assert ("rollout", "sample", Decode(12, 20, 40, 12), 5) in work(SIZES, regime, LENGTHS)
+
+
 def test_what_the_student_does_not_say_is_written_and_scored_once() -> None:
     done = work(SIZES, Regime(0.0, writes=True, scores=True), LENGTHS)
     assert ("rollout", "write", Decode(30, 20, 40, 30), 1) in done
