@@ -127,6 +127,29 @@ def naive(headed: Headed, head: TeacherHead, name: str, temperature: float, data
     return loss
 
 
+class Written(Divergence):
+    """The reverse KL as a plugin would write it: values alone, in MLX."""
+
+    def values(self, logits: mx.array, signal: Any) -> mx.array:
+        student = nn.log_softmax(logits / self.temperature, axis=-1)
+        teacher = nn.log_softmax(signal.logits / self.temperature, axis=-1)
+        return (mx.exp(student) * (student - teacher)).sum(-1)
+
+
+@pytest.mark.usefixtures("either_device")
+@pytest.mark.parametrize("ce_weight", [0.0, 0.4])
+def test_a_divergence_of_a_plugin_gives_what_the_built_in_one_gives(ce_weight: float) -> None:
+    headed, states = HEADS["tied"](), normal(6, ROWS, SIZE)
+    found, expected = (
+        run(headed, states, rows(), objective(plain_head(), divergence, ce_weight=ce_weight))
+        for divergence in (Written("written", 2.0), divergences.get("reverse_kl", temperature=2.0))
+    )
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-4)
+    for name, value in expected.values.items():
+        np.testing.assert_allclose(np.array(found.values[name]), np.array(value), atol=1e-3, err_msg=name)
+    assert np.abs(np.array(found.slope - expected.slope)).max() <= 1e-3 * np.abs(np.array(expected.slope)).max()
+
+
 @pytest.mark.usefixtures("either_device")
 @pytest.mark.parametrize("teacher_head", TEACHER_HEADS)
 @pytest.mark.parametrize("student_head", HEADS)

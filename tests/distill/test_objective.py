@@ -13,7 +13,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from opd_daemon.config import LoraConfig, RunConfig, parse_config
-from opd_daemon.distill.batches import packed
+from opd_daemon.distill.batches import Labels, packed
 from opd_daemon.distill.data import Prompt
 from opd_daemon.distill.gradients import BatchGradient, gradient
 from opd_daemon.distill.objective import Objective
@@ -67,7 +67,14 @@ def rollouts(**more: Any) -> list[Rollout]:
 
 
 def step(
-    student: Student, teacher: LocalTeacher, config: RunConfig, made: Sequence[Rollout], size: int, max_tokens: int = 0
+    student: Student,
+    teacher: LocalTeacher,
+    config: RunConfig,
+    made: Sequence[Rollout],
+    size: int,
+    *,
+    max_tokens: int = 0,
+    labels: Labels = "completion",
 ) -> tuple[dict[str, Any], float, list[BatchGradient]]:
     """Gradient and loss of a whole step, divided by its count, and its parts."""
     objective = Objective.from_config(config, head=lambda: HeadMatrix(teacher.head(), student.vocabulary))
@@ -76,7 +83,7 @@ def step(
         ask(teacher, made, config, masked(student, teacher)),
         size=size,
         temperature=config.temperature,
-        labels="completion",
+        labels=labels,
         max_tokens=max_tokens,
         loss_mean=config.loss_mean,
         sampled=config.signal == "sampled",
@@ -205,3 +212,16 @@ def test_teacher_equal_to_student_gives_nothing(tiny_student: Path) -> None:
         found, loss, _ = step(student, teacher, configured(**changes, ce_weight=0.0), rollouts(), size=3)
         assert abs(loss) < 1e-4
         assert max(np.abs(value).max() for value in found.values()) < 1e-4
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.2])
+def test_what_is_watched_does_not_depend_on_the_weights(tiny_student: Path, ce_weight: float) -> None:
+    student, teacher = Student.load(tiny_student, None, LoraConfig(rank=4), seed=3), LocalTeacher(tiny_student)
+    for changes in SIGNALS.values():
+        config = configured(**changes, ce_weight=ce_weight)
+        # Labels that are the student's favourites: what the cross-entropy leaves of the logits has others.
+        _, _, results = step(student, teacher, config, rollouts(), size=3, labels="teacher")
+        for name in ("agreement", "top5_agreement"):
+            assert np.concatenate([result.values[name] for result in results]).min() == 1.0, changes
+        for name in ("forward_kl", "reverse_kl", "js_divergence"):
+            assert np.abs(np.concatenate([result.values[name] for result in results])).max() < 1e-4, changes
