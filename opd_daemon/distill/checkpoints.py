@@ -32,7 +32,8 @@ class RunProgress:
     cursor: prompts used so far. seed: of the run; every random number is a function of it and the step.
     best_kl, best_step: lowest validation KL so far and its step; None before an update was evaluated.
     evaluated_step, validation_kl: the newest evaluation; None before the first. evaluations_since_best: how many in a
-    row brought no improvement. skipped_steps: how many in a row gave no number.
+    row brought no improvement. skipped_steps: how many in a row gave no number. idle_steps: how many
+    in a row had nothing to learn.
     """
 
     step: int = 0
@@ -45,6 +46,7 @@ class RunProgress:
     validation_kl: float | None = None
     evaluations_since_best: int = 0
     skipped_steps: int = 0
+    idle_steps: int = 0
 
 
 class Checkpoints:

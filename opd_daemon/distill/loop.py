@@ -30,6 +30,7 @@ from opd_daemon.types import EvaluationMetrics
 FIRST_CHECKPOINT_FRACTION = 0.05
 FIRST_CHECKPOINT_SECONDS = 60.0
 SKIPS_ALLOWED = 2
+IDLE_ALLOWED = 9
 
 
 class TrainingLoop:
@@ -183,8 +184,10 @@ class TrainingLoop:
         cursor = self.progress.cursor + len(step.prompts)
         self.progress = replace(self.progress, step=step.number, cursor=cursor, seconds_elapsed=self.seconds_elapsed)
         if step.finite:
-            self.progress = replace(self.progress, skipped_steps=0)
+            self.progress = replace(self.progress, skipped_steps=0, idle_steps=self.progress.idle_steps * step.idle)
             self._report(step, seconds)
+            if step.idle:
+                self._warn_of_masks(step)
         else:
             self._skip(step)
         self._warn_of_pressure()
@@ -225,6 +228,17 @@ class TrainingLoop:
             )
             raise OpdError(Reason.NOT_A_NUMBER, message, step=step.number)
         self.journal.log(f"step {step.number} left out: {found}", "warning")
+
+    def _warn_of_masks(self, step: Step) -> None:
+        """After a step all of whose completions were masked; many in a row are a run that learns nothing."""
+        idle = self.progress.idle_steps + 1
+        self.progress = replace(self.progress, idle_steps=idle)
+        cure = "raise max_generation_tokens, or train without the mask"
+        if idle > IDLE_ALLOWED:
+            message = f"nothing was learned in {idle} steps in a row, as every completion was masked: {cure}"
+            raise OpdError(Reason.INVALID_RUN_CONFIG, message, step=step.number)
+        why = "every completion is masked, as cut off or as repeating itself"
+        self.journal.log(f"step {step.number} learned nothing: {why}; {cure}", "warning")
 
     def _measure_pace(self, step: Step, seconds: float) -> None:
         made, self._prompts_made = self._prompts_made, 0

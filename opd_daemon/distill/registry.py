@@ -202,9 +202,20 @@ def check_config(
         info = find(config.divergence, offered)
     except OpdError as fault:
         return [FieldViolation("config.divergence", fault.message)]
-    faults = check(info, config.divergence_options, config.signal)
+    faults = check(info, config.divergence_options, config.signal) + _check_support(config)
     if config.signal == "sampled" and not faults:
         faults += _check_sampling(config, on_policy=on_policy)
+    return faults
+
+
+def _check_support(config: RunConfig) -> list[FieldViolation]:
+    faults = []
+    if config.top_mass and config.signal != "sparse":
+        message = f"{config.top_mass:g}: cuts the ids of signal sparse, and this is {config.signal}; set 0"
+        faults.append(FieldViolation("config.top_mass", message))
+    if config.signal == "sparse" and config.top_k == 1 and config.divergence_options.get("tail") == "renormalised":
+        message = "1: one id renormalised has the mass 1 in both models, so nothing would be learned; use 2 or more"
+        faults.append(FieldViolation("config.top_k", message))
     return faults
 
 

@@ -94,9 +94,12 @@ def measures_bias(teacher: Teacher, rollout: Rollout, config: RunConfig) -> bool
     Whole completions are chosen, each with the probability `exact_fraction`: all hidden states of a completion come
     from the one prefill that is made anyway, while single positions would cost a request each. The choice follows from
     the seed and the tokens, so it is the same after a resume and in the next epoch, when the answer is in the cache.
+    The first completion a student samples is always among them, so that a short run is measured too.
     """
     if config.signal == "exact" or not config.exact_fraction or not teacher.info.supports_hidden:
         return False
+    if rollout.version == 0 and rollout.drawn_from is not None and rollout.drawn_from[1] == 0:
+        return True
     draw = np.random.default_rng([config.seed, zlib.crc32(rollout.teacher_token_ids.tobytes())]).random()
     return bool(draw < config.exact_fraction)
 
@@ -117,10 +120,7 @@ def _request(
     if config.signal == "exact":
         return ScoreRequest(tokens, start, ScoreWants(token_stats=False, hidden=True), None, masked_token_ids)
     support = rollout.support_ids if config.signal == "sparse" and config.support != "teacher" else None
-    if config.signal == "sparse":
-        wants_top = support is None or config.support == "union"
-    else:
-        wants_top = config.divergence_options.get("baseline") == "value"
+    wants_top = _has_baseline(config) or (config.signal == "sparse" and (support is None or config.support == "union"))
     wants = ScoreWants(
         token_stats=True,
         top_k=config.top_k if wants_top else 1,
@@ -134,8 +134,9 @@ def _targets(request: ScoreRequest, answer: CachedScores, config: RunConfig) -> 
     scores = answer.scores
     if config.signal == "exact":
         return TeacherTargets(cached=answer.cached, hidden=_given(scores.hidden), hidden_dtype=scores.hidden_dtype)
-    ids, logprobs, tail = _support(request, scores)
-    if config.signal == "sampled" and request.wants.top_k == 1:
+    ids, logprobs, tail = _support(request, scores, joins=config.support == "union")
+    # A baseline must not depend on the token; without one, the support is what the token's own logprob is read from.
+    if config.signal == "sampled" and not _has_baseline(config):
         own = request.token_ids[request.score_from :, None]
         ids, logprobs, tail = union(ids, logprobs, tail, own, _given(scores.token_logprobs)[:, None])
     if config.signal == "sparse" and config.top_mass:
@@ -160,13 +161,17 @@ def _given(array: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
     return array
 
 
-def _support(request: ScoreRequest, scores: Scores) -> tuple[Int32, Float32, Float32]:
-    """Ids, logprobs and tail of the support: the candidates, the top, or both where both were asked for."""
+def _has_baseline(config: RunConfig) -> bool:
+    return config.signal == "sampled" and config.divergence_options.get("baseline") == "value"
+
+
+def _support(request: ScoreRequest, scores: Scores, *, joins: bool) -> tuple[Int32, Float32, Float32]:
+    """Ids, logprobs and tail of the support: the top, the candidates where there are some, or both joined."""
     top = _given(scores.top_ids), _given(scores.top_logprobs), _given(scores.top_tail)
     if request.candidate_ids is None:
         return top
     chosen = request.candidate_ids, _given(scores.candidate_logprobs), _given(scores.candidate_tail)
-    return chosen if request.wants.top_k == 1 else union(*top, *chosen[:2])
+    return union(*top, *chosen[:2]) if joins else chosen
 
 
 def union(

@@ -110,6 +110,11 @@ class Step:
         return peak
 
     @property
+    def idle(self) -> bool:
+        """Whether there was nothing to learn from, as everything was masked."""
+        return not self.record.count
+
+    @property
     def finite(self) -> bool:
         """Whether loss and gradient are numbers."""
         return math.isfinite(self.record.loss) and math.isfinite(self.grad_norm)

@@ -89,6 +89,13 @@ def test_every_divergence_is_made_for_each_of_its_signals(name: str) -> None:
             "config.generation_temperature",
             "set 1",
         ),
+        ({"top_mass": 0.9}, True, "config.top_mass", "this is exact"),
+        (
+            {"signal": "sparse", "top_k": 1, "divergence_options": {"tail": "renormalised"}},
+            True,
+            "config.top_k",
+            "nothing would be learned",
+        ),
     ],
 )
 def test_a_runs_divergence_is_checked_before_it_starts(
@@ -107,6 +114,7 @@ def test_a_runs_divergence_is_checked_before_it_starts(
         {"signal": "sampled", "temperature": 2.0, "generation_temperature": 2.0},
         {"signal": "sampled", "temperature": 2.0, "divergence_options": {"importance_clip": 3}},
         {"divergence": "jsd", "divergence_options": {"beta": 0.1, "token_clip": 0.05}, "signal": "sparse"},
+        {"signal": "sparse", "top_k": 1, "top_mass": 0.9},
     ],
 )
 def test_sound_runs_pass(changes: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from opd_trainers import opd_trainers
+from opd_trainers.options import OnPolicyOptions
 from safetensors.numpy import load_file
 
 from opd_daemon.config import RunConfig, parse_config
@@ -205,6 +206,50 @@ def test_truncated_rollouts_are_counted_but_not_scored_or_trained(bench: Bench) 
     cut = [row for row in rollouts_of(bench) if row["stopped"] == "length"]
     lengths = {tuple(row["completion_ids"]) for row in cut}
     assert not any(tuple(request.token_ids[-8:].tolist()) in lengths for request in asked if not request.wants.hidden)
+
+
+def test_a_run_that_masks_everything_ends_and_says_why(bench: Bench) -> None:
+    with pytest.raises(OpdError) as caught:
+        bench.run(num_steps=20, max_generation_tokens=1, trainer_options={"mask_truncated": True})
+    assert caught.value.reason is Reason.INVALID_RUN_CONFIG
+    assert "nothing was learned in 10 steps in a row" in caught.value.message
+    assert "raise max_generation_tokens" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"signal": "sparse", "top_k": 8},
+        {"signal": "sparse", "top_k": 8, "support": "union"},
+        {"signal": "sparse", "top_k": 1, "support": "union"},
+        {"signal": "sparse", "top_k": 300, "support": "teacher", "top_mass": 0.8},
+        {"signal": "sampled", "divergence_options": {"baseline": "value", "importance_clip": 4.0}},
+        {"max_batch_tokens": 48},
+        {"lora": {"rank": 4, "dora": True}},
+        {"lora": {"rank": 4, "dropout": 0.2}, "backward": "layerwise"},
+    ],
+)
+def test_every_way_to_train_learns_and_measures_the_same_at_first(bench: Bench, changes: dict[str, Any]) -> None:
+    _, exact = bench.run(num_steps=1)
+    _, listener = bench.run(**{"num_steps": 12, **changes})
+    first, expected = listener.of(EventKind.METRICS)[0], exact.of(EventKind.METRICS)[0]
+    for name in ("agreement", "top5_agreement", "teacher_entropy", "student_entropy"):
+        assert first[name] == pytest.approx(expected[name], abs=2e-4), name
+    before, *_, after = listener.of(EventKind.EVALUATION)
+    assert after["on_student"]["reverse_kl"] < before["on_student"]["reverse_kl"]
+    if "signal" in changes:
+        assert first["forward_kl"] <= expected["forward_kl"] + 1e-4  # the tail lumps outcomes together
+        assert sum(row["bias_tokens"] for row in listener.of(EventKind.METRICS)) > 0
+
+
+def test_samples_of_an_older_student_need_weights(bench: Bench) -> None:
+    check = TRAINERS["on_policy"].faults
+    options = OnPolicyOptions(staleness=1)
+    [(field, words)] = check(bench.config(signal="sampled"), options)
+    assert field == "trainer_options.staleness"
+    assert "importance_clip" in words
+    assert list(check(bench.config(signal="sampled", divergence_options={"importance_clip": 2.0}), options)) == []
+    assert list(check(bench.config(), options)) == []
 
 
 def test_a_mixed_run_draws_each_step_and_leans_where_it_is_told(bench: Bench) -> None:

@@ -74,7 +74,11 @@ class MixedOptions(SamplingOptions):
 
 def on_policy_faults(config: RunConfig, options: BaseModel) -> Iterable[tuple[str, str]]:
     """What `on_policy` can't do."""
-    samples = cast(OnPolicyOptions, options).samples_per_prompt
+    chosen = cast(OnPolicyOptions, options)
+    if chosen.staleness and config.signal == "sampled" and config.divergence_options.get("importance_clip") is None:
+        why = "with signal sampled, tokens of an older student need weights"
+        yield "trainer_options.staleness", f"1: {why}; set divergence_options.importance_clip, or staleness 0"
+    samples = chosen.samples_per_prompt
     sequences = config.batch_size * config.gradient_accumulation_steps
     if sequences % samples:
         whole = f"the {sequences} sequences of a step (batch_size × gradient_accumulation_steps)"
