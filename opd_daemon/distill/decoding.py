@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 Stopped = Literal["stop", "length", "repetition"]
 
-# More rows cost more key-value memory than they save time.
-LARGEST_BATCH = 64
 PREFILL_TOKENS = 4096
 BLOCK = 256
 LARGEST_UNIFORM = 1.0 - 2.0**-24
@@ -60,7 +58,7 @@ class Continuation:
 
 def decode(student: Student, rows: Sequence[Continuation], sampling: Sampling) -> None:
     """Continue every row to its end, all together; equal prompts are prefilled once."""
-    size = LARGEST_BATCH if _batches(student.model) else 1
+    size = student.largest_batch if _batches(student.model) else 1
     for start in range(0, len(rows), size):
         _decode_batch(student, rows[start : start + size], sampling)
 

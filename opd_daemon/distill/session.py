@@ -53,8 +53,8 @@ def run_trainer(
 ) -> bool:
     """Train from the start, or from a step's checkpoint. True when the run is complete, false when it was stopped.
 
-    memory_halvings: how many times to halve the micro-batches; the loss stays the same. divergences: those that
-    plugins offer, by name.
+    memory_halvings: how many times to halve what is trained on, evaluated and decoded at once; the loss stays the
+    same. divergences: those that plugins offer, by name.
 
     Raises:
         OpdError: with the reason of whatever went wrong; OUT_OF_MEMORY, of process "worker", when there was no memory
@@ -66,17 +66,25 @@ def run_trainer(
         unshared = unshared_ids(config, journal.log)
         masked = tuple(index for index in unshared if index < teacher.info.vocab_size)
         prompts = read_prompts(config, tokenizer, teacher, journal)
+        say_support(config, trainer, journal)
         if config.precompute:
             precompute(teacher, prompts, config, trainer=trainer, masked_token_ids=masked, journal=journal)
         student = load_student(config)
         mask_vocabulary(student, teacher, unshared)
+        student.largest_batch = max(1, student.largest_batch >> memory_halvings)
         head = cache(lambda: HeadMatrix(teacher.head(), student.vocabulary))
         loop = TrainingLoop(
             config=config,
             student=student,
             prompts=prompts,
             evaluator=Evaluator(
-                teacher, student, prompts.held_out, config, masked_token_ids=masked, trainer=trainer, head=head
+                teacher,
+                student,
+                prompts.held_out,
+                config.model_copy(update={"batch_size": max(1, config.batch_size >> memory_halvings)}),
+                masked_token_ids=masked,
+                trainer=trainer,
+                head=head,
             ),
             journal=journal,
             checkpoints=Checkpoints(folders.checkpoints, 1 if config.save_best_only else config.keep_last_n),
@@ -167,6 +175,14 @@ def train(context: TrainContext, trainer: TrainerInfo) -> bool:
     if not loop.stopped:
         loop.conclude()
     return not loop.stopped
+
+
+def say_support(config: RunConfig, trainer: TrainerInfo, journal: Journal) -> None:
+    """Say which completions bring no ids of the student's, though its ids are to carry the divergence."""
+    others = set(trainer.sources(config, trainer.options.model_validate(config.trainer_options))) - {"student"}
+    if config.signal == "sparse" and config.support != "teacher" and others:
+        message = f"support {config.support}: completions the student didn't sample bring no ids of its own"
+        journal.log(f"{message}; the teacher's top {config.top_k} carry the divergence there")
 
 
 def load_student(config: RunConfig) -> Student:

@@ -32,6 +32,7 @@ from opd_daemon.distill.model_card import CardFacts, card_text
 from opd_daemon.distill.peft import BLOCK_LAYER, PEFT_WEIGHTS, mlx_name, peft_name, peft_settings
 from opd_daemon.distill.shape import Shape, in_float32, shape_of
 from opd_daemon.distill.tape import drivable_blocks
+from opd_daemon.distill.workload import STUDENT_DECODES
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.models.folder import read_folder
 from opd_daemon.models.host import use_host_activations
@@ -47,7 +48,8 @@ class Student:
     model, tokenizer: as mlx-lm loads them. eos_ids: every id that ends a completion. adapter: its settings.
     vocabulary: mask applied to all logits; `mask_vocabulary` narrows it. vocab_size: the tokenizer's real size; width:
     number of logits. layers, hidden_size: the model's. parts: body and head, where they can be told apart. shape: the
-    base model's sizes. first_digest: of the base, when it was asked for first.
+    base model's sizes. first_digest: of the base, when it was asked for first. largest_batch: most sequences decoded at
+    once.
     """
 
     def __init__(self, model: Any, tokenizer: Any, adapter: AdapterConfig, shape: Shape) -> None:
@@ -56,6 +58,7 @@ class Student:
         self.adapter = adapter
         self.shape = shape
         self.first_digest = ""
+        self.largest_batch = STUDENT_DECODES
         self.eos_ids: tuple[int, ...] = tuple(sorted(tokenizer.eos_token_ids))
         known = max(tokenizer.get_vocab().values()) + 1
         self.parts = split(model, known)
@@ -226,7 +229,7 @@ class Student:
         for name, tensor in sorted(dict(tree_flatten(self.model.parameters())).items()):
             if name not in trainable:
                 digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-                digest.update(np.ascontiguousarray(np.array(tensor.view(mx.uint8))).data)
+                digest.update(np.ascontiguousarray(np.asarray(tensor.view(mx.uint8))).data)
         self.first_digest = self.first_digest or digest.hexdigest()
         return digest.hexdigest()
 

@@ -26,7 +26,7 @@ SAMPLED_ROWS = 128
 SIMULATED_STEPS = 16
 # Micro-batches are padded to multiples of this, or to eighths of an octave where those are wider.
 LENGTH_MULTIPLE, BUCKETS_PER_OCTAVE = 16, 8
-# Sequences decoded at once, by the student and by the teacher.
+# Sequences decoded at once, by the student and by the teacher: more cost more key-value memory than they save time.
 STUDENT_DECODES, TEACHER_DECODES = 64, 32
 # Held-out prompts whose answers are shown.
 SHOWN_ANSWERS = 4

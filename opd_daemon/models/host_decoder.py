@@ -59,7 +59,8 @@ class HostDecoder:
     def __init__(self, model: Any, parts: SplitModel, plain: Decoder) -> None:
         outer = getattr(model, "language_model", model)
         self._embedding, self._norm = outer.model.embed_tokens, outer.model.norm
-        self._layers = tuple(_Layer(layer) for layer in model.layers)
+        rotary = _Rotary(model.layers[0].self_attn.rope)
+        self._layers = tuple(_Layer(layer, rotary) for layer in model.layers)
         self._head: Any = parts.head
         self._plain = plain
         self._caches = _cache_kinds()
@@ -91,7 +92,7 @@ class HostDecoder:
 class _Layer:
     """One block of the model. States are columns, (D, B): so every product has the weights on its left."""
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, rotary: _Rotary) -> None:
         attention, mlp = block.self_attn, block.mlp
         self._norms = block.input_layernorm, block.post_attention_layernorm
         self._queries, self._keys, self._values, self._out = (
@@ -100,7 +101,7 @@ class _Layer:
         self._head_norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self._heads, self._pairs = attention.n_heads, attention.n_kv_heads
         self._scale = np.float32(attention.scale)
-        self._rotary = _Rotary(attention.rope)
+        self._rotary = rotary
         self._gate, self._up, self._down = (_Product(layer) for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
 
     def step(self, states: Array, cache: Any, places: Places, padding: Places | None) -> Array:

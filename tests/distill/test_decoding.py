@@ -60,7 +60,7 @@ def unbatchable(student: Student) -> Any:
     return Chunked()
 
 
-def as_student(model: Any) -> Any:
+def as_student(model: Any, largest_batch: int = 64) -> Any:
     if hasattr(model, "parameters"):
         mx.eval(model.parameters())
     return SimpleNamespace(
@@ -69,6 +69,7 @@ def as_student(model: Any) -> Any:
         vocabulary=VocabularyMask(WIDTH),
         vocab_size=WIDTH,
         eos_ids=(),
+        largest_batch=largest_batch,
     )
 
 
@@ -107,11 +108,10 @@ def test_equal_prompts_are_read_once(student: Student) -> None:
     assert asked == [(1, 8), (6, 1), (6, 1)]
 
 
-def test_more_rows_than_fit_are_decoded_in_turn(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_rows_than_fit_are_decoded_in_turn(student: Student) -> None:
     together, apart = continuations([4, 6, 8, 3, 5], 6), continuations([4, 6, 8, 3, 5], 6)
     decode(as_student(student.model), together, Sampling(6, 1.0))
-    monkeypatch.setattr(decoding, "LARGEST_BATCH", 2)
-    decode(as_student(student.model), apart, Sampling(6, 1.0))
+    decode(as_student(student.model, largest_batch=2), apart, Sampling(6, 1.0))
     assert [row.token_ids for row in together] == [row.token_ids for row in apart]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from opd_daemon.config import parse_config
-from opd_daemon.distill import batches, decoding, evaluation, footprint, live_preflight, workload
+from opd_daemon.distill import batches, evaluation, footprint, live_preflight, workload
 from opd_daemon.distill.machines import named_machine, this_machine
 from opd_daemon.distill.planning import RunFacts, plan
 from opd_daemon.distill.rates import MeasuredRates, Pair, features, fit
@@ -181,7 +181,6 @@ def test_plans_know_the_limits_the_daemon_and_the_worker_keep() -> None:
     assert scoring.CHUNK_BYTES == footprint.DAEMON_CHUNK_BYTES
     assert generation.DECODING_SEQUENCES == workload.TEACHER_DECODES
     assert generation.PREFILL_SEQUENCES == footprint.JOINING
-    assert decoding.LARGEST_BATCH == workload.STUDENT_DECODES
     assert evaluation.SHOWN_ANSWERS == workload.SHOWN_ANSWERS
     assert live_preflight.COMPLETIONS == workload.CHECKED
     assert live_preflight.STUDENT_TOKENS == workload.CHECKED_TOKENS
