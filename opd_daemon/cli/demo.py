@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def demo(
     *,
-    trainer: str = typer.Option("offline", help="offline, which does better here in the same time, or on_policy."),
+    trainer: str = typer.Option("on_policy", help="on_policy or offline."),
     steps: int = typer.Option(0, min=0, help="Optimizer updates; 0: as many as take a few minutes on two CPU cores."),
     json_file: Path | None = typer.Option(None, "--json", metavar="FILE", help="Write the numbers to this file too."),
     keep: bool = typer.Option(

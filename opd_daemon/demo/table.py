@@ -21,6 +21,10 @@ ROWS = (
     ("entropy of the teacher", "teacher_entropy", 0),
     ("entropy of the student", "student_entropy", 0),
 )
+OWN_ROWS = (
+    ("reverse KL on the student's own samples", "reverse_kl", -1),
+    ("acceptance of the student's own samples", "acceptance", 1),
+)
 
 
 def show_result(result: DemoResult, console: Console) -> None:
@@ -41,9 +45,12 @@ def metric_table(result: DemoResult) -> Table:
     table.add_column("")
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right")
-    for label, name, better in ROWS:
-        before, after = result.before[name], result.after[name]
-        share = name.endswith("agreement")
+    rows = [(*row, result.before, result.after) for row in ROWS]
+    if result.before.get("on_student") and result.after.get("on_student"):
+        rows += [(*row, result.before["on_student"], result.after["on_student"]) for row in OWN_ROWS]
+    for label, name, better, first, last in rows:
+        before, after = first[name], last[name]
+        share = name.endswith("agreement") or name == "acceptance"
         shown = [f"{100 * value:.1f} %" if share else f"{value:.3f} nats" for value in (before, after)]
         table.add_row(label, *shown, _change(before, after, better, share=share))
     return table
