@@ -22,7 +22,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_tokenizer
 
 from opd_daemon.config import RunConfig
-from opd_daemon.distill.adapter import WEIGHTS, AdapterConfig, read_adapter_config
+from opd_daemon.distill.adapter import AdapterConfig, read_adapter_config, weights_file
 from opd_daemon.distill.confidence import summarise
 from opd_daemon.distill.data import Prompt, Row, TeacherReader, tokenise
 from opd_daemon.distill.logits import on_host
@@ -221,7 +221,7 @@ class Wardrobe:
         try:
             student = Student(self.model, self.tokenizer, config, self._shape)
             if adapter:
-                student.load_adapter(adapter / WEIGHTS)
+                student.load_adapter(weights_file(adapter))
             self.model.eval()
             mx.eval(self.model.parameters())
             yield student

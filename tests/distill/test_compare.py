@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from opd_daemon.config import parse_config
-from opd_daemon.distill.compare import Comparison, Piece
+from opd_daemon.distill.compare import Comparison, Piece, Wardrobe
 from opd_daemon.types import ComparisonRequest, GenerateRequest, ModelAnswer
 from tests.distill.local_teacher import LocalTeacher
+from tests.distill.test_adapter_folder import TOKENS, only_peft, written
 from tests.tiny import write_tiny_qwen2
 
 
@@ -46,3 +48,12 @@ def test_the_teacher_says_only_what_the_students_know(
     assert summary is not None
     assert summary.forward_kl is not None
     assert summary.forward_kl > 0
+
+
+def test_an_adapter_that_only_peft_wrote_is_worn(tiny_student: Path, tmp_path: Path) -> None:
+    expected = written(tiny_student, tmp_path).logits(TOKENS)
+    config = parse_config(
+        {"base_model_path": str(tiny_student), "teacher_model_path": str(tiny_student), "prompts_path": "/p"}
+    )
+    with Wardrobe(config).wearing(only_peft(tmp_path)) as student:
+        assert mx.allclose(student.logits(TOKENS), expected, atol=1e-5)
