@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opd_daemon.config import LoraConfig
+from opd_daemon.distill.adapter import weights_file
 from opd_daemon.models.folder import ModelFolder, TensorHeader, read_header
 
 BLOCK_TENSOR = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
@@ -123,9 +124,8 @@ def adapter_parameters(folder: ModelFolder, lora: LoraConfig) -> int:
 
 
 def stored_parameters(adapter: Path) -> int:
-    """Weights of the adapter in a folder. Raises FolderFault."""
-    files = adapter.glob("*.safetensors")
-    return sum(math.prod(tensor.shape) for file in files for tensor in read_header(file).values())
+    """Weights of the adapter in a folder, which may hold it twice, or optimizer state besides. Raises FolderFault."""
+    return sum(math.prod(tensor.shape) for tensor in read_header(weights_file(adapter)).values())
 
 
 def _head(folder: ModelFolder) -> dict[str, TensorHeader]:

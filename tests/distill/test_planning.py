@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,19 @@ import pytest
 from pydantic import BaseModel
 
 from opd_daemon.config import LoraConfig, RunConfig, parse_config
+from opd_daemon.distill.adapter import WEIGHTS
+from opd_daemon.distill.checkpoints import OPTIMIZER
 from opd_daemon.distill.machines import Machine, machine_names, named_machine, this_machine
+from opd_daemon.distill.peft import PEFT_WEIGHTS
 from opd_daemon.distill.planning import RunFacts, plan
-from opd_daemon.distill.shape import adapter_parameters, in_float32, shape_of
+from opd_daemon.distill.shape import adapter_parameters, in_float32, shape_of, stored_parameters
 from opd_daemon.distill.student import Student
 from opd_daemon.distill.workload import Decode, Forward, Lengths, Regime, workload_of
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.models.folder import read_folder
 from opd_daemon.trainer import TrainerInfo
 from opd_daemon.types import Plan
+from tests.distill.test_adapter_folder import only_peft, written
 from tests.sparse import write_sparse_model
 
 GB = 1e9
@@ -85,6 +90,15 @@ def test_the_size_of_an_adapter_is_exact(tiny_student: Path, lora: dict[str, Any
     student = Student.load(tiny_student, None, settings, seed=0)
     actual = sum(tensor.size for tensor in student.parameters().values())
     assert adapter_parameters(read_folder(tiny_student), settings) == actual
+
+
+def test_a_stored_adapter_counts_once_whatever_else_its_folder_holds(tiny_student: Path, tmp_path: Path) -> None:
+    student = written(tiny_student, tmp_path)
+    actual = sum(tensor.size for tensor in student.parameters().values())
+    shutil.copy(tmp_path / WEIGHTS, tmp_path / OPTIMIZER)
+    assert (tmp_path / PEFT_WEIGHTS).is_file()
+    assert stored_parameters(tmp_path) == actual
+    assert stored_parameters(only_peft(tmp_path)) == actual
 
 
 def test_quantised_models_count_as_what_they_stand_for(tmp_path: Path) -> None:
