@@ -94,7 +94,9 @@ class RunConfig(_Settings):
     teacher_model_path: PathText = Field(min_length=1, description="Teacher model: an mlx-lm folder.")
     student_adapter_path: PathText = Field("", description="Adapter to start from; empty starts a fresh LoRA.")
     output_adapter_path: PathText = Field(
-        "", description="Where the final adapter is copied to; empty: only the checkpoints."
+        "",
+        description="Where the final adapter is copied to, or the best with save_best_only or after an early stop; "
+        "empty: only the checkpoints.",
     )
 
     prompts_path: PathText = Field("", description="JSONL file with training rows.")
@@ -150,7 +152,9 @@ class RunConfig(_Settings):
     eval_every: Count = 100
     checkpoint_every: Count = 100
     keep_last_n: Count = Field(3, description="Checkpoints kept besides best and final.")
-    save_best_only: bool = False
+    save_best_only: bool = Field(
+        False, description="Keep one checkpoint besides best and final; the best is the result."
+    )
     early_stop_patience: Annotated[int, Field(ge=0, le=10_000)] = Field(
         0, description="End after so many evaluations without improvement; 0: never."
     )

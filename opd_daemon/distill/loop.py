@@ -119,12 +119,22 @@ class TrainingLoop:
         return True
 
     def conclude(self) -> Path:
-        """Write `final/` and copy it to the output path. Returns the folder of the final adapter."""
+        """Write `final/`, and copy it or `best/` to the output path. Returns the folder of the final adapter."""
         path = self.checkpoints.save_named("final", self._save_finished())
         self.journal.checkpoint(self.progress.step, path, is_final=True, validation_kl=self._validation_kl)
         if self.config.output_adapter_path:
-            copy_adapter(path, Path(self.config.output_adapter_path))
+            copy_adapter(self._result(path), Path(self.config.output_adapter_path))
         return path
+
+    def _result(self, final: Path) -> Path:
+        """The adapter for the output path: the best where the configuration prefers it to the last, else the final."""
+        progress = self.progress
+        prefers_best = self.config.save_best_only or self._gave_up(progress)
+        if not prefers_best or progress.best_step in (None, progress.step):
+            return final
+        best = f"the best adapter, of step {progress.best_step} with a validation KL of {progress.best_kl:.4f}"
+        self.journal.log(f"{self.config.output_adapter_path} gets {best}, not the final one of step {progress.step}")
+        return self.checkpoints.folder / "best"
 
     @property
     def seconds_elapsed(self) -> float:

@@ -184,7 +184,9 @@ class RunConfig(_message.Message):
     student_adapter_path: _builtins.str
     """mlx-lm adapter to start from. Absent: a fresh LoRA after `lora`."""
     output_adapter_path: _builtins.str
-    """Folder the final adapter is copied to. Absent: it stays with the checkpoints."""
+    """Folder the final adapter is copied to; with save_best_only, and after an early stop, the best one. Absent: it stays with the
+    checkpoints.
+    """
     prompts_path: _builtins.str
     """JSONL with training rows: {"prompt"}, {"prompt", "completion"}, {"messages"} or {"text"}."""
     validation_prompts_path: _builtins.str

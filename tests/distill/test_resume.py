@@ -145,15 +145,35 @@ def test_patience_ends_a_run_that_no_longer_improves(
     evaluations = told.of(EventKind.EVALUATION)
     last, best = evaluations[-1]["step"], max(row["step"] for row in evaluations if row["is_best"])
     assert last == best + 2 < 9
-    assert told.of(EventKind.LOG)[-1]["text"].startswith(f"ended early after step {last}: 2 evaluations without")
+    ended, copied = [row["text"] for row in told.of(EventKind.LOG)[-2:]]
+    assert ended.startswith(f"ended early after step {last}: 2 evaluations without")
+    assert f"gets the best adapter, of step {best} with a validation KL of" in copied
     final = [row for row in told.of(EventKind.CHECKPOINT) if row["is_final"]]
     assert [row["step"] for row in final] == [last]
     assert [row["step"] for row in told.of(EventKind.SAMPLE) if row["step"]].count(last) >= 3
-    # The worker died before it could say that it was done: nothing is left to do but to say so.
     expected, again = result(folder), Told()
+    output, newest, kept = expected["adapters"]
+    assert output == kept != newest
+    # The worker died before it could say that it was done: nothing is left to do but to say so.
     assert go(folder, again, teacher=teacher)
     assert again.of(EventKind.METRICS) == []
     assert result(folder) == expected
+
+
+@pytest.mark.parametrize("best_only", [True, False])
+def test_the_output_path_gets_the_best_adapter_where_it_is_asked_for(
+    tiny_teacher: Path, folders: Callable[[str], Path], *, best_only: bool
+) -> None:
+    # The teacher as its own student can only be spoilt by other texts, and more so with every step.
+    texts = {"trainer": "offline", "use_teacher_targets": False, "kl_weight": 0.0, "ce_weight": 1.0}
+    settings = {"eval_every": 1, "save_best_only": best_only, "warmup_steps": 3, "num_steps": 3, **texts}
+    folder = prepare(folders("spoilt"), tiny_teacher, tiny_teacher, **settings)
+    told = Told()
+    assert go(folder, told)
+    output, final, best = result(folder)["adapters"]
+    assert best != final
+    assert output == (best if best_only else final)
+    assert any("not the final one of step 3" in row["text"] for row in told.of(EventKind.LOG)) == best_only
 
 
 def test_memory_running_short_is_told_once(
