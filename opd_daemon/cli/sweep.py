@@ -192,9 +192,9 @@ def _stop_rest(client: Client, runs: Sequence[Run]) -> None:
 
 def finish(client: Client, name: str, cells: Sequence[Cell], folder: Path) -> int:
     """Compare the runs: a table here, and table and picture in the folder. The exit code says whether all are done."""
-    from opd_daemon.client.sweep import outcome
+    from opd_daemon.client.sweep import outcome, ranked
 
-    outcomes = [outcome(client, cell) for cell in cells]
+    outcomes = ranked([outcome(client, cell) for cell in cells])
     show_outcomes(outcomes)
     for path in write_outcomes(name, outcomes, folder):
         output.say(f"written: {path}")
@@ -204,12 +204,12 @@ def finish(client: Client, name: str, cells: Sequence[Cell], folder: Path) -> in
 
 def show_outcomes(outcomes: Sequence[Outcome]) -> None:
     """The table, and what can be concluded from it."""
-    from opd_daemon.client.sweep import MEASURES
+    from opd_daemon.client.sweep import SHOWN
     from opd_daemon.distill.report.measures import BY_NAME
 
-    titles = [BY_NAME[name].title.upper() + (" %" if BY_NAME[name].share else "") for name in MEASURES]
+    titles = [BY_NAME[name].title.upper() + (" %" if BY_NAME[name].share else "") for name in SHOWN]
     rows = [
-        (entry.cell.run_id, entry.cell.label, *(_shown(outcomes, entry, name) for name in MEASURES), _ended(entry))
+        (entry.cell.run_id, entry.cell.label, *(_shown(outcomes, entry, name) for name in SHOWN), _ended(entry))
         for entry in outcomes
     ]
     output.show_table(("RUN", "SETTINGS", *titles, "TIME"), rows, numbers=(*titles, "TIME"))
@@ -238,10 +238,12 @@ def _ended(entry: Outcome) -> str:
 
 def conclusions(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """Which runs did best by each measure, and whether that means anything; why runs have no result."""
-    from opd_daemon.client.sweep import MEASURES, best
+    from opd_daemon.client.sweep import SHOWN, best, comparable
     from opd_daemon.distill.report.measures import BY_NAME
 
-    for name in MEASURES:
+    if not comparable(outcomes):
+        yield "the validation KLs are different divergences, or on different completions; none is best by them"
+    for name in SHOWN:
         first, near = best(outcomes, name)
         if first is None:
             continue
@@ -255,7 +257,7 @@ def conclusions(outcomes: Sequence[Outcome]) -> Iterator[str]:
             why = f": {text.one_line(entry.error, 300)}" if entry.error else ""
             yield f"{entry.cell.run_id} is {entry.state}{why}"
     if any(entry.estimates for entry in outcomes):
-        yield "* best, ≈ within noise of it; ±: 95 % interval over the teacher's held-out completions, last evaluation"
+        yield "* best, ≈ within noise of it; ±: 95 % interval on held-out prompts, at each run's best evaluation"
 
 
 def write_outcomes(name: str, outcomes: Sequence[Outcome], folder: Path) -> list[Path]:

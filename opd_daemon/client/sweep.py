@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -11,12 +12,25 @@ from typing import Any
 
 from opd_daemon.client.client import Client
 from opd_daemon.config import RunConfig
-from opd_daemon.distill.report.measures import BY_NAME, Estimate, compared_on, differ, estimate
+from opd_daemon.distill.report.measures import (
+    BY_NAME,
+    Estimate,
+    compared_on,
+    criterion_of,
+    differ,
+    estimate,
+    validation_estimate,
+)
+from opd_daemon.distill.report.record import Row
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.names import is_identifier
 from opd_daemon.types import Run, RunState
 
-MEASURES = ("forward_kl", "reverse_kl", "agreement", "acceptance")
+VALIDATION = "validation_kl"
+OWN = "own_"
+# A terminal has no room for more; the files have all.
+SHOWN = (VALIDATION, "forward_kl", "reverse_kl", "agreement", "acceptance")
+MEASURES = (*SHOWN, "own_reverse_kl", "own_agreement")
 MOST_CELLS = 200
 LONGEST_NAME = 50
 ALL_STEPS = 10_000_000
@@ -43,7 +57,11 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a cell. estimates: by measure, at the last evaluation; none where the run did not get that far."""
+    """What came of a cell.
+
+    estimates: by measure, at the best evaluation, on the teacher's completions but for the `own_` ones; none where the
+    run did not get that far. criterion: whose completions and which measure its validation KL is.
+    """
 
     cell: Cell
     state: RunState
@@ -51,6 +69,7 @@ class Outcome:
     steps: int = 0
     seconds: float | None = None
     estimates: dict[str, Estimate] = field(default_factory=dict)
+    criterion: tuple[str, str] | None = None
 
 
 def grid(variations: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -109,9 +128,8 @@ def outcome(client: Client, cell: Cell) -> Outcome:
     """What the daemon knows of a cell's run."""
     run, _ = client.run(cell.run_id)
     steps, evaluations, _ = client.metrics(cell.run_id, ALL_STEPS)
-    trained = run.step > 0 and evaluations and evaluations[-1]["step"] > 0
-    comparison = compared_on(evaluations[-1], "teacher") if trained else None
-    found = {name: estimate(comparison, name) for name in MEASURES}
+    chosen = best_evaluation(evaluations) if run.step > 0 else None
+    found = {name: _estimate(chosen, name) for name in MEASURES}
     return Outcome(
         cell,
         run.state,
@@ -119,18 +137,54 @@ def outcome(client: Client, cell: Cell) -> Outcome:
         run.step,
         steps[-1]["seconds_elapsed"] if steps else None,
         {name: entry for name, entry in found.items() if entry is not None},
+        criterion_of(chosen),
     )
 
 
+def best_evaluation(evaluations: Sequence[Row]) -> Row | None:
+    """The evaluation a run is judged by: that of its best checkpoint, else its last; None without a trained student."""
+    trained = [row for row in evaluations if row["step"] > 0]
+    return next((row for row in reversed(trained) if row.get("is_best")), trained[-1] if trained else None)
+
+
+def _estimate(evaluation: Row | None, name: str) -> Estimate | None:
+    if name == VALIDATION:
+        return validation_estimate(evaluation)
+    whose = "student" if name.startswith(OWN) else "teacher"
+    return estimate(compared_on(evaluation, whose), name.removeprefix(OWN))
+
+
+def ranked(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """By validation KL, the lowest first; runs that have none to be compared by come last, as they were."""
+    first, _ = best(outcomes, VALIDATION)
+    if first is None:
+        return list(outcomes)
+
+    def place(entry: Outcome) -> float:
+        found = entry.estimates.get(VALIDATION) if entry.state is RunState.SUCCEEDED else None
+        return found.value if found else math.inf
+
+    return sorted(outcomes, key=place)
+
+
 def best(outcomes: Sequence[Outcome], name: str) -> tuple[Outcome | None, list[Outcome]]:
-    """The best of the runs that are done, and those that can't be told from it."""
+    """The best of the runs that are done, and those that can't be told from it.
+
+    Of runs whose validation KLs are different divergences, or of different completions, none is best by that.
+    """
     done = [entry for entry in outcomes if entry.state is RunState.SUCCEEDED and name in entry.estimates]
-    if not done:
+    if not done or (name == VALIDATION and not comparable(done)):
         return None, []
     sign = BY_NAME[name].better
     first = max(done, key=lambda entry: sign * entry.estimates[name].value)
     near = [entry for entry in done if entry is not first and _tied(first.estimates[name], entry.estimates[name])]
     return first, near
+
+
+def comparable(outcomes: Sequence[Outcome]) -> bool:
+    """Whether the validation KLs of the runs that are done are one divergence, on the same side's completions."""
+    done = [entry for entry in outcomes if entry.state is RunState.SUCCEEDED and VALIDATION in entry.estimates]
+    return len({entry.criterion for entry in done}) < 2
 
 
 def _tied(one: Estimate, other: Estimate) -> bool:
@@ -140,7 +194,7 @@ def _tied(one: Estimate, other: Estimate) -> bool:
 
 
 def to_json(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The sweep as plain data: nats per token and shares, at the last evaluation on the teacher's completions."""
+    """The sweep as plain data: nats per token and shares, at each run's best evaluation."""
     winners = {measure: best(outcomes, measure) for measure in MEASURES}
     return {
         "sweep": name,

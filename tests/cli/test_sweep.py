@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,10 @@ def test_a_sweep_from_grid_to_picture_and_again_at_once(opd: Opd, config_file: P
     assert "run 2 of 2, rates-2: learning_rate=1e-2" in outcome.err
     written = json.loads((folder / "sweep.json").read_text())
     assert [entry["state"] for entry in written["cells"]] == ["SUCCEEDED", "SUCCEEDED"]
-    assert written["best"]["reverse_kl"]["run_id"] in {"rates-1", "rates-2"}
+    first, second = written["cells"]
+    assert first["measures"]["validation_kl"]["value"] <= second["measures"]["validation_kl"]["value"]
+    assert written["best"]["validation_kl"]["run_id"] == first["run_id"]
+    assert f"lowest Validation KL: {first['run_id']}" in outcome.out
     assert (folder / "sweep.csv").read_text().count("\n") == 3
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "sweep.svg").read_text().startswith("<svg")
@@ -107,6 +111,9 @@ def test_a_run_that_failed_is_in_the_table_with_its_reason(tmp_path: Path) -> No
     picture = (tmp_path / "s" / "sweep.svg").read_text()
     assert "failed" in picture
     assert "$x_1$ &lt;b&gt;" in picture
+    other = replace(outcomes[1], criterion=("teacher", "forward_kl"))
+    differing = [replace(entry, estimates={"validation_kl": Estimate(1.0)}) for entry in (outcomes[0], other)]
+    assert next(conclusions(differing)).startswith("the validation KLs are different divergences")
     nothing = write_outcomes("s", outcomes[2:], tmp_path / "none")
     assert [path.name for path in nothing] == ["sweep.json", "sweep.csv"]
 

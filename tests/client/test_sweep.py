@@ -11,14 +11,17 @@ import pytest
 
 from opd_daemon.client import Client
 from opd_daemon.client.sweep import (
+    MEASURES,
     MOST_CELLS,
     Cell,
     Outcome,
     best,
+    best_evaluation,
     check_name,
     grid,
     known_runs,
     outcome,
+    ranked,
     start,
     to_csv,
     to_json,
@@ -86,6 +89,29 @@ def test_a_failed_run_is_never_best_and_is_shown_with_its_reason() -> None:
     assert rows[0]["acceptance"] == ""
 
 
+def test_runs_are_ranked_by_the_divergence_that_chose_their_checkpoints() -> None:
+    def judged(number: int, validation_kl: float, criterion: tuple[str, str], forward_kl: float) -> Outcome:
+        found = {"validation_kl": Estimate(validation_kl, 0.1), "forward_kl": Estimate(forward_kl, 0.1)}
+        return Outcome(cell(number), RunState.SUCCEEDED, estimates=found, criterion=criterion)
+
+    own = ("student", "reverse_kl")
+    outcomes = [judged(1, 2.0, own, 1.0), Outcome(cell(2), RunState.FAILED), judged(3, 1.0, own, 2.0)]
+    assert ranked(outcomes) == [outcomes[2], outcomes[0], outcomes[1]]
+    assert best(outcomes, "validation_kl")[0] is outcomes[2]
+    # What one run calls its validation KL is no measure for another that was trained by another divergence.
+    mixed = [*outcomes, judged(4, 0.5, ("teacher", "forward_kl"), 0.5)]
+    assert best(mixed, "validation_kl") == (None, [])
+    assert ranked(mixed) == mixed
+    assert best(mixed, "forward_kl")[0] is mixed[3]
+
+
+def test_a_run_is_judged_by_its_best_evaluation() -> None:
+    rows = [{"step": step, "is_best": step in (2, 4)} for step in (0, 2, 4, 6)]
+    assert best_evaluation(rows) == rows[2]
+    assert best_evaluation([rows[0], rows[3]]) == rows[3]
+    assert best_evaluation(rows[:1]) is None
+
+
 @pytest.fixture
 def values(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> dict[str, object]:
     prompts = tmp_path / "prompts.jsonl"
@@ -123,7 +149,13 @@ def test_the_same_cell_again_is_the_same_run_and_other_settings_are_refused(
     assert found.state is RunState.SUCCEEDED
     assert found.steps == 2
     assert found.seconds is not None
-    assert {"forward_kl", "reverse_kl", "agreement"} <= found.estimates.keys()
+    assert found.estimates.keys() == set(MEASURES)
+    chosen = client.metrics("cell-1")[1][-1]
+    assert chosen["is_best"]
+    assert found.criterion == ("student", "reverse_kl")
+    assert found.estimates["validation_kl"] == found.estimates["own_reverse_kl"]
+    assert found.estimates["validation_kl"].value == chosen["validation_kl"] == chosen["on_student"]["reverse_kl"]
+    assert found.estimates["reverse_kl"].value == chosen["on_teacher"]["reverse_kl"]
     changed = Cell("cell-1", {}, parse_config({**values, "run_id": "cell-1", "learning_rate": 1e-2}))
     with pytest.raises(OpdError, match="cell-1 was made with other settings; choose another --name") as refused:
         start(client, changed)

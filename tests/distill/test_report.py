@@ -15,7 +15,7 @@ from opd_daemon.distill.report import write_report
 from opd_daemon.distill.report.curves import MOST_POINTS, curve
 from opd_daemon.distill.report.drawing import COLORS, Chart, line, to_png, to_standalone_svg, to_svg
 from opd_daemon.distill.report.heatmap import heatmap
-from opd_daemon.distill.report.measures import Estimate, differ
+from opd_daemon.distill.report.measures import Estimate, criterion_of, differ
 from opd_daemon.distill.report.page import render, sections
 from opd_daemon.distill.report.record import RunRecord
 from opd_daemon.distill.report.summary import cards, headline_side, planned_times, sentence
@@ -217,6 +217,9 @@ def test_the_headline_is_of_the_side_the_best_was_chosen_by(home: Home) -> None:
     record = RunRecord.read(run, write_run(home, run, evaluations=rows))
     assert headline_side(record) == "student"
     assert sentence(record).startswith("On its own samples for 8 held-out prompts, the student's forward KL")
+    shared = rows[1]["on_student"]["acceptance"]  # the rest is the total variation
+    assert criterion_of({**rows[1], "validation_kl": 1.0 - shared}) == ("student", "acceptance")
+    assert criterion_of({**rows[1], "validation_kl": -1.0}) is None
 
 
 def test_the_plan_stands_beside_what_was_measured(home: Home) -> None:

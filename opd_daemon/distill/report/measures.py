@@ -39,7 +39,16 @@ MEASURES = (
     Measure("teacher_entropy", "Teacher's entropy", "nats per token", 0),
     Measure("student_entropy", "Student's entropy", "nats per token", 0),
 )
-BY_NAME = {measure.name: measure for measure in MEASURES}
+# What tells whole runs apart, besides the above.
+OF_RUNS = (
+    Measure("validation_kl", "Validation KL", "the divergence by which the best checkpoint is chosen, per token", -1),
+    Measure(
+        "own_reverse_kl", "Own reverse KL", "KL(student ‖ teacher) on the student's own samples, nats per token", -1
+    ),
+    Measure("own_agreement", "Own agreement", "agreement on the student's own samples, % of positions", 1, share=True),
+)
+BY_NAME = {measure.name: measure for measure in (*MEASURES, *OF_RUNS)}
+CRITERIA = ("reverse_kl", "forward_kl", "js_divergence", "acceptance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +120,28 @@ def estimate(comparison: Row | None, name: str) -> Estimate | None:
     widths = comparison.get("half_widths")
     width = number(widths, name) if isinstance(widths, dict) else None
     return Estimate(value, width or None)
+
+
+def criterion_of(evaluation: Row | None) -> tuple[str, str] | None:
+    """Whose completions ("student" or "teacher") and which measure gave the validation KL; None when it is not told."""
+    chosen = number(evaluation, "validation_kl")
+    for whose in ("student", "teacher"):
+        comparison = compared_on(evaluation, whose)
+        for name in CRITERIA:
+            value = number(comparison, name)
+            # Of what both models share, total variation is the rest.
+            if value is not None and chosen == (1.0 - value if name == "acceptance" else value):
+                return whose, name
+    return None
+
+
+def validation_estimate(evaluation: Row | None) -> Estimate | None:
+    """The validation KL, with the interval of the measure that it is."""
+    chosen, criterion = number(evaluation, "validation_kl"), criterion_of(evaluation)
+    if chosen is None:
+        return None
+    measured = estimate(compared_on(evaluation, criterion[0]), criterion[1]) if criterion else None
+    return Estimate(chosen, measured.half_width if measured else None)
 
 
 def changes(before: Row | None, after: Row | None) -> list[Change]:

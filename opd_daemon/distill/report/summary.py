@@ -13,7 +13,15 @@ import psutil
 from pydantic import BaseModel
 
 from opd_daemon.config import RunConfig
-from opd_daemon.distill.report.measures import BY_NAME, Change, Estimate, Measure, changes, compared_on
+from opd_daemon.distill.report.measures import (
+    BY_NAME,
+    Change,
+    Estimate,
+    Measure,
+    changes,
+    compared_on,
+    criterion_of,
+)
 from opd_daemon.distill.report.record import RunRecord, number, series, total
 from opd_daemon.distill.report.resources import PHASES
 from opd_daemon.readable import duration, percent, size
@@ -79,10 +87,8 @@ def headline_measure(record: RunRecord) -> Measure:
 
 def headline_side(record: RunRecord) -> str:
     """Whose completions the best checkpoint was chosen by: those of the "teacher", or of the "student"."""
-    chosen, own = number(record.after, "validation_kl"), compared_on(record.after, "student")
-    on_own = chosen is not None and chosen in (
-        number(own, name) for name in ("reverse_kl", "forward_kl", "js_divergence")
-    )
+    criterion = criterion_of(record.after)
+    on_own = criterion is not None and criterion[0] == "student"
     return "student" if on_own and compared_on(record.before, "student") else "teacher"
 
 
