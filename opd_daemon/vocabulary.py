@@ -37,6 +37,11 @@ class VocabularyMatch:
         """Whether no shared id means two different tokens."""
         return not self.disagreements
 
+    @property
+    def unshared(self) -> tuple[int, ...]:
+        """Ids that only one side knows."""
+        return (*self.only_teacher, *self.only_student)
+
 
 def load_vocabulary(path: Path) -> dict[int, str]:
     """Token of every id of the tokenizer in the model folder `path`, added and special tokens included.

@@ -220,10 +220,9 @@ def unshared_ids(config: RunConfig, say: Callable[[str], None]) -> tuple[int, ..
         shown = ", ".join(f"{index}: {ours!r} / {theirs!r}" for index, ours, theirs in match.disagreements)
         message = f"teacher and student give the same ids to different tokens ({shown}); they need one tokenizer"
         raise OpdError(Reason.TOKENIZER_MISMATCH, message)
-    unshared = (*match.only_teacher, *match.only_student)
-    if unshared:
-        say(f"{len(unshared)} ids that only one of the two tokenizers knows are masked on both sides")
-    return unshared
+    if match.unshared:
+        say(f"{len(match.unshared)} ids that only one of the two tokenizers knows are masked on both sides")
+    return match.unshared
 
 
 def mask_vocabulary(student: Student, teacher: Teacher, unshared: tuple[int, ...]) -> None:

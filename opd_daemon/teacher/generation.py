@@ -123,17 +123,24 @@ class Generation:
 
 
 class RealVocabulary:
-    """The model as BatchGenerator sees it: float32 logits, of ids that are tokens, everything else unchanged."""
+    """The model as mlx-lm's generators see it: float32 logits, of ids that are tokens, everything else unchanged.
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    masked_token_ids: get no mass.
+    """
+
+    def __init__(self, loaded: LoadedModel, masked_token_ids: tuple[int, ...] = ()) -> None:
         self._model = loaded.model
         self._decoder = loaded.decoder
         self._size = loaded.vocab_size
+        self._masked = mx.array(masked_token_ids, dtype=mx.int32) if masked_token_ids else None
 
     def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
         """Logits (B, T, V) of tokens (B, T)."""
         logits = self._decoder(tokens, cache)
-        return logits[..., : self._size].astype(mx.float32)
+        logits = logits[..., : self._size].astype(mx.float32)
+        if self._masked is not None:
+            logits[..., self._masked] = -mx.inf
+        return logits
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)

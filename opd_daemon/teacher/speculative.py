@@ -30,7 +30,10 @@ WARM_UP_TOKENS = 4
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """What to do. base, adapter: folders of the draft model. prompts: token ids. temperature 0 is greedy."""
+    """What to do. base, adapter: folders of the draft model. prompts: token ids. temperature 0 is greedy.
+
+    masked_token_ids: ids the draft's tokenizer doesn't know, which the teacher is not to say.
+    """
 
     base: Path
     adapter: Path
@@ -38,6 +41,7 @@ class Speculation:
     max_tokens: int
     temperature: float = 0.0
     seed: int = 0
+    masked_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ class _Work:
         self._job = job
         self._eos = eos
         self._cancelled = cancelled
-        self._teacher = RealVocabulary(loaded)
+        self._teacher = RealVocabulary(loaded, job.masked_token_ids)
         self._draft = Draft(model, loaded.vocab_size)
         self._draft_bytes, self._adapter_bytes = _bytes(model.parameters()), _bytes(model.trainable_parameters())
         self._drafted = self._accepted = 0

@@ -54,8 +54,9 @@ class Stage:
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     folder = tmp_path_factory.mktemp("compare")
-    # The teacher knows more tokens than the student, and both pad their logits differently.
-    write_tiny_qwen2(folder / "teacher", seed=1, layers=3, extra_tokens=("<tool>", "</tool>"), vocab=1024)
+    # The teacher knows more tokens than the student, likely ones too, and both pad their logits differently.
+    extra = tuple(f"<tool {number}>" for number in range(200))
+    write_tiny_qwen2(folder / "teacher", seed=1, layers=3, extra_tokens=extra, vocab=1024)
     student = write_tiny_qwen2(folder / "student", seed=2)
     write_tiny_adapter(folder / "sft", student, size=0.05)
     rows = [json.dumps({"prompt": f"Tell me about number {number}."}) for number in range(24)]

@@ -80,6 +80,27 @@ def test_ids_that_only_the_teacher_has_are_no_trouble_for_the_draft(home: Home, 
     home.run(work, teacher)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_masked_ids_are_never_said(home: Home, tmp_path: Path, temperature: float) -> None:
+    teacher = write_tiny_qwen2(tmp_path / "teacher", seed=1, extra_tokens=tuple(f"<{number}>" for number in range(200)))
+    draft = write_tiny_qwen2(tmp_path / "draft", seed=2)
+    prompts = ((500, 2, 600), (4, 5))
+
+    async def work(service: TeacherService) -> None:
+        assert service.info
+        size = service.info.vocab_size
+        masked = tuple(range(size - 200, size))
+        asked = [GenerateRequest(prompt, 40, 0.0, masked_token_ids=masked) for prompt in prompts]
+        changes = {"prompts": prompts, "max_tokens": 40, "temperature": temperature, "masked_token_ids": masked}
+        found, _ = await answers(service, job(draft, tmp_path, **changes))
+        assert all(token < size - 200 for tokens in found for token in ids(tokens))
+        if not temperature:
+            plain = await generate_all(service, asked)
+            assert [ids(tokens) for tokens in found] == [[token.token_id for token in alone] for alone in plain]
+
+    home.run(work, teacher)
+
+
 def test_a_draft_that_is_the_teacher_is_always_right(home: Home, tiny_teacher: Path, tmp_path: Path) -> None:
     async def work(service: TeacherService) -> None:
         _, measured = await answers(service, job(tiny_teacher, tmp_path))
