@@ -17,7 +17,7 @@ from opd_daemon.distill.gradients import gradient
 from opd_daemon.distill.objective import Objective
 from opd_daemon.distill.rollouts import Rollout
 from opd_daemon.distill.scoring import ask
-from opd_daemon.distill.session import mask_unshared
+from opd_daemon.distill.session import mask_vocabulary, unshared_ids
 from opd_daemon.distill.student import Student
 from opd_daemon.distill.teacher_head import HeadMatrix
 from tests.distill.local_teacher import LocalTeacher
@@ -60,7 +60,9 @@ def test_ids_only_one_side_knows_have_no_mass_and_the_loss_is_that_over_the_shar
     teacher = LocalTeacher(teacher_path)
     student = Student.load(student_path, None, LoraConfig(rank=2), seed=0)
     said: list[str] = []
-    masked = mask_unshared(config, teacher, student, said.append)
+    unshared = unshared_ids(config, said.append)
+    mask_vocabulary(student, teacher, unshared)
+    masked = tuple(index for index in unshared if index < teacher.info.vocab_size)
     assert masked == THINK
     assert "4 ids" in said[0]
 
