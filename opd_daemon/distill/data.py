@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from opd_daemon.errors import OpdError, Reason
+from opd_daemon.errors import FieldViolation, OpdError, Reason
 
 if TYPE_CHECKING:
     from opd_daemon.config import RunConfig
@@ -164,7 +164,8 @@ def build_prompts(
     reader = TeacherReader(config.teacher_system_prompt, teacher_tokenizer)
     prompts = [tokenise(row, index, tokenizer, eos_ids, reader) for index, row in enumerate(rows)]
     for prompt in prompts:
-        _check_length(prompt, config, max_context)
+        if fault := length_fault(prompt, config, max_context, max_context):
+            raise OpdError(Reason.INVALID_RUN_CONFIG, fault.description, place=prompt.place)
     asked = {prompt.token_ids for prompt in prompts[len(train) :]}
     unseen = tuple(prompt for prompt in prompts[: len(train)] if prompt.token_ids not in asked)
     if not unseen:
@@ -173,16 +174,25 @@ def build_prompts(
     return PromptSet(unseen, tuple(prompts[len(train) :]), config.seed, len(train) - len(unseen))
 
 
-def _check_length(prompt: Prompt, config: RunConfig, max_context: int) -> None:
-    length = max(len(prompt.token_ids), len(prompt.teacher_token_ids))
-    problem = ""
-    if length > config.max_prompt_tokens:
-        problem = f"more than max_prompt_tokens {config.max_prompt_tokens}; shorten the prompt or raise it"
-    elif length + config.max_generation_tokens > max_context:
-        problem = f"with max_generation_tokens {config.max_generation_tokens} more than the context of {max_context}"
-    if problem:
-        message = f"{prompt.place}: {length} tokens, {problem}"
-        raise OpdError(Reason.INVALID_RUN_CONFIG, message, place=prompt.place)
+def length_fault(prompt: Prompt, config: RunConfig, context: int, teacher_context: int) -> FieldViolation | None:
+    """Whether a prompt is too long as either model reads it, or leaves no room to answer in the context it is read in.
+
+    context: of what the student reads; teacher_context: of what the teacher reads.
+    """
+    given, generated = config.max_prompt_tokens, config.max_generation_tokens
+    readings = (
+        ("", prompt.token_ids, context),
+        (" as the teacher reads it", prompt.teacher_token_ids, teacher_context),
+    )
+    for reading, ids, room in readings:
+        place = f"{prompt.place}: {len(ids)} tokens{reading}"
+        if len(ids) > given:
+            message = f"{place}, more than max_prompt_tokens {given}; shorten the prompt or raise it"
+            return FieldViolation("config.max_prompt_tokens", message)
+        if len(ids) + generated > room:
+            message = f"{place}, with max_generation_tokens {generated} more than the context of {room}"
+            return FieldViolation("config.max_generation_tokens", f"{message}; shorten the prompt or lower it")
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,17 +204,22 @@ class TeacherReader:
 
     def ids(self, row: Row, student_tokenizer: Any) -> tuple[int, ...] | None:
         """The teacher's own prompt; None where it is the student's."""
-        if not row.messages:
-            if self.system_prompt:
-                message = f"{row.place}: a plain text has no chat to put teacher_system_prompt into; give messages"
-                raise OpdError(Reason.INVALID_RUN_CONFIG, message, place=row.place)
+        if fault := self.fault(row):
+            raise OpdError(Reason.INVALID_RUN_CONFIG, fault, place=row.place)
+        if not row.messages or (not row.teacher_messages and not self.system_prompt and self.tokenizer is None):
             return None
-        if not row.teacher_messages and not self.system_prompt and self.tokenizer is None:
-            return None
+        return _render(self.tokenizer or student_tokenizer, self.messages(row), row.place)
+
+    def fault(self, row: Row) -> str:
+        """Why the teacher can't read a row; empty when it can."""
+        if row.messages or not self.system_prompt:
+            return ""
+        return f"{row.place}: a plain text has no chat to put teacher_system_prompt into; give messages"
+
+    def messages(self, row: Row) -> list[dict[str, str]]:
+        """What the teacher is asked, as chat messages."""
         messages = list(row.teacher_messages or row.messages)
-        if self.system_prompt:
-            messages = with_system_prompt(messages, self.system_prompt)
-        return _render(self.tokenizer or student_tokenizer, messages, row.place)
+        return with_system_prompt(messages, self.system_prompt) if self.system_prompt else messages
 
 
 def with_system_prompt(messages: Sequence[dict[str, str]], text: str) -> list[dict[str, str]]:
@@ -216,6 +231,13 @@ def with_system_prompt(messages: Sequence[dict[str, str]], text: str) -> list[di
 
 
 SAME_AS_STUDENT = TeacherReader()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A model folder's tokenizer with its chat template, loaded without MLX. Raises what transformers does."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def tokenise(

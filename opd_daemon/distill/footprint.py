@@ -64,17 +64,17 @@ class Part:
 
 def daemon_parts(work: Workload, pair: Pair) -> list[Part]:
     """What the daemon holds while it teaches."""
-    teacher = pair.teacher
-    together = max(1, min(work.step_sequences, SCORED_TOKENS // max(1, work.context)))
-    piece = min(work.context, SCORED_PIECE)
+    teacher, context = pair.teacher, work.teacher_context
+    together = max(1, min(work.step_sequences, SCORED_TOKENS // max(1, context)))
+    piece = min(context, SCORED_PIECE)
     widest = teacher.value_bytes * (INNER_ARRAYS * teacher.inner + HIDDEN_ARRAYS * teacher.hidden)
-    attention = 8 * teacher.heads * work.context if pair.on_host else 0
+    attention = 8 * teacher.heads * context if pair.on_host else 0
     activations = together * piece * (widest + attention)
     logits = SCORED_COPIES * _chunk(DAEMON_CHUNK_BYTES, teacher.width, together * piece)
     decoded = int(
         max(task.item.sequences for task in work.tasks if isinstance(task.item, Decode) and task.kind == "write")
     )
-    decoding = decoded * _cached(work.context) * teacher.kv_bytes()
+    decoding = decoded * _cached(context) * teacher.kv_bytes()
     parts = [
         Part("daemon", "process", DAEMON_PROCESS_BYTES),
         Part("daemon", "tokenizer", TOKEN_BYTES * teacher.width),
@@ -83,8 +83,8 @@ def daemon_parts(work: Workload, pair: Pair) -> list[Part]:
         Part("daemon", "logits chunk", int(logits), frozenset({"score"})),
         Part("daemon", "generation KV", decoding, frozenset({"write"})),
     ]
-    if work.context > SCORED_PIECE:
-        parts.append(Part("daemon", "scoring KV", together * work.context * teacher.kv_bytes(), frozenset({"score"})))
+    if context > SCORED_PIECE:
+        parts.append(Part("daemon", "scoring KV", together * context * teacher.kv_bytes(), frozenset({"score"})))
     return [*parts, _buffers(parts, -(-decoded // JOINING) * decoding, DAEMON_CACHE_BYTES)]
 
 

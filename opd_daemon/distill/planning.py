@@ -291,9 +291,8 @@ def _time_changes(facts: RunFacts) -> Iterator[Change]:
 
 
 def _fewer_held_out(facts: RunFacts) -> Iterator[Change]:
-    kept = facts.lengths.held_out[:FEW_HELD_OUT]
-    if len(kept) < len(facts.lengths.held_out):
-        fewer = replace(facts, lengths=replace(facts.lengths, held_out=kept))
+    if len(facts.lengths.held_out) > FEW_HELD_OUT:
+        fewer = replace(facts, lengths=facts.lengths.evaluated(FEW_HELD_OUT))
         yield Change(f"max_validation_prompts {FEW_HELD_OUT}", fewer)
 
 

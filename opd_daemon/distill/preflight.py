@@ -6,16 +6,16 @@ import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from opd_daemon.config import RunConfig, config_violations
 from opd_daemon.distill.adapter import adapter_faults, lora_faults
-from opd_daemon.distill.data import Row, scan_rows, tokenise
+from opd_daemon.distill.data import Row, TeacherReader, length_fault, load_tokenizer, scan_rows, tokenise
 from opd_daemon.distill.optimizer_options import optimizer_faults
 from opd_daemon.errors import FieldViolation, OpdError
-from opd_daemon.models.folder import ModelFolder, read_folder
+from opd_daemon.models.folder import UNLIMITED_CONTEXT, ModelFolder, read_folder
 from opd_daemon.vocabulary import compare_vocabularies, load_vocabulary
 
 if TYPE_CHECKING:
@@ -44,10 +44,14 @@ def check_run(config: RunConfig, trainer: TrainerInfo | None) -> list[FieldViola
         violations += [_violation("student_adapter_path", fault) for fault in faults]
     elif base:
         violations += [_violation(f"lora.{name}", fault) for name, fault in lora_faults(config.lora, base)]
+    contexts = UNLIMITED_CONTEXT, UNLIMITED_CONTEXT
     if base and teacher:
         violations += _check_tokenizers(config, base, teacher)
-        violations += _check_context(config, base, teacher)
-    violations += _check_rows(config, needs_completions=_sources(config, trainer).get("data", 0.0) > 0)
+        no_room = _check_context(config, base, teacher)
+        violations += no_room
+        if not no_room:
+            contexts = min(base.max_context, teacher.max_context), teacher.max_context
+    violations += _check_rows(config, contexts, needs_completions=_sources(config, trainer).get("data", 0.0) > 0)
     return violations
 
 
@@ -143,7 +147,7 @@ def _check_context(config: RunConfig, base: ModelFolder, teacher: ModelFolder) -
     return []
 
 
-def _check_rows(config: RunConfig, *, needs_completions: bool) -> list[FieldViolation]:
+def _check_rows(config: RunConfig, contexts: tuple[int, int], *, needs_completions: bool) -> list[FieldViolation]:
     both = bool(config.prompts_path and config.validation_prompts_path)
     limits = {"prompts_path": config.max_prompts, "validation_prompts_path": config.max_validation_prompts}
     violations = []
@@ -160,7 +164,7 @@ def _check_rows(config: RunConfig, *, needs_completions: bool) -> list[FieldViol
         sound = [entry for entry in rows if isinstance(entry, Row)]
         if needs_completions and name != "validation_prompts_path":
             violations += _check_completions(name, sound)
-        violations += _check_texts(config, name, sound)
+        violations += _check_texts(config, name, sound, contexts)
     return violations
 
 
@@ -171,39 +175,54 @@ def _check_completions(name: str, rows: list[Row]) -> Iterator[FieldViolation]:
         yield _violation(name, f"{lacking.place}: has no completion to learn; {cure}")
 
 
-def _check_texts(config: RunConfig, name: str, rows: list[Row]) -> Iterator[FieldViolation]:
-    """Whether prompts are too long once the chat template is around them. Only rows that may be are tokenised."""
-    # A token is at least a byte long.
-    long = [row for row in rows if _most_tokens(row) > config.max_prompt_tokens]
-    file = Path(config.base_model_path) / "tokenizer.json"
-    if not long or not file.is_file():
-        return
-    from transformers import AutoTokenizer
+def _check_texts(config: RunConfig, name: str, rows: list[Row], contexts: tuple[int, int]) -> Iterator[FieldViolation]:
+    """Whether each model can read the prompts, and has room to answer. Only rows that may be too long are tokenised.
 
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, local_files_only=True, trust_remote_code=False)
-    except Exception as fault:  # noqa: BLE001 - the libraries raise nothing more special for a broken file
-        yield _violation(
-            "base_model_path", f"{file}: {' '.join(str(fault).split())}; copy the model's tokenizer files again"
-        )
+    contexts: of what the student reads and of what the teacher reads.
+    """
+    reader = TeacherReader(config.teacher_system_prompt)
+    if fault := next(filter(None, map(reader.fault, rows)), ""):
+        yield _violation(name, fault)
         return
-    for row in long:
+    room = min(config.max_prompt_tokens, min(contexts) - config.max_generation_tokens)
+    long = [row for row in rows if _most_tokens(row, reader) > room]
+    if long:
+        yield from _check_lengths(config, name, long, contexts)
+
+
+def _check_lengths(
+    config: RunConfig, name: str, rows: list[Row], contexts: tuple[int, int]
+) -> Iterator[FieldViolation]:
+    tokenizers = {}
+    for field in ("base_model_path", *(["teacher_model_path"] if config.teacher_template == "teacher" else [])):
+        file = Path(getattr(config, field)) / "tokenizer.json"
+        if not file.is_file():
+            return
         try:
-            count = len(tokenise(row, 0, tokenizer, (0,)).token_ids)
+            tokenizers[field] = load_tokenizer(file.parent)
+        except Exception as fault:  # noqa: BLE001 - the libraries raise nothing more special for a broken file
+            cure = "copy the model's tokenizer files again"
+            yield _violation(field, f"{file}: {' '.join(str(fault).split())}; {cure}")
+            return
+    reader = TeacherReader(config.teacher_system_prompt, tokenizers.get("teacher_model_path"))
+    for row in rows:
+        try:
+            found = length_fault(tokenise(row, 0, tokenizers["base_model_path"], (0,), reader), config, *contexts)
         except OpdError as fault:
-            yield _violation(name, fault.message)
-            return
-        if count > config.max_prompt_tokens:
-            message = f"{row.place}: {count} tokens; shorten the prompt or raise max_prompt_tokens"
-            yield _violation("max_prompt_tokens", f"{config.max_prompt_tokens}: {message}")
+            found = _violation(name, fault.message)
+        if found:
+            yield found
             return
 
 
-def _most_tokens(row: Row) -> int:
-    """More tokens than a row's prompt has, unless its chat template says more than is usual."""
+def _most_tokens(row: Row, reader: TeacherReader) -> int:
+    """More tokens than either model's prompt has, unless its chat template says more than is usual."""
     if not row.messages:
         return (len(row.text.encode()) + 1) // 2 + 1
-    return TEMPLATE_TOKENS + sum(len(turn["content"].encode()) + TURN_TOKENS for turn in row.messages)
+    return TEMPLATE_TOKENS + max(
+        sum(len(turn["content"].encode()) + TURN_TOKENS for turn in turns)
+        for turns in (row.messages, reader.messages(row))
+    )
 
 
 def _violation(name: str, description: str) -> FieldViolation:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from opd_daemon.config import RunConfig
-from opd_daemon.distill.data import Row, split_rows, tokenise
+from opd_daemon.distill.data import Prompt, Row, TeacherReader, load_tokenizer, split_rows, tokenise
 from opd_daemon.models.folder import read_folder
 
 if TYPE_CHECKING:
@@ -80,17 +80,31 @@ class Task:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lengths:
-    """Tokens of the prompts, training and held out, and of the data's own completions, EOS included; 0 where none."""
+    """Tokens of the prompts, training and held out, and of the data's own completions, EOS included; 0 where none.
+
+    teacher_train, teacher_held_out: of the same prompts as the teacher reads them.
+    """
 
     train: tuple[int, ...]
     completions: tuple[int, ...]
     held_out: tuple[int, ...]
+    teacher_train: tuple[int, ...]
+    teacher_held_out: tuple[int, ...]
     train_count: int
 
     @property
     def longest(self) -> int:
-        """The longest prompt seen."""
+        """The longest prompt the student reads."""
         return max((*self.train, *self.held_out))
+
+    @property
+    def teacher_longest(self) -> int:
+        """The longest prompt the teacher reads."""
+        return max((*self.teacher_train, *self.teacher_held_out))
+
+    def evaluated(self, count: int) -> Lengths:
+        """The same with so many held-out prompts."""
+        return replace(self, held_out=self.held_out[:count], teacher_held_out=self.teacher_held_out[:count])
 
 
 def measure_lengths(config: RunConfig) -> Lengths:
@@ -99,19 +113,25 @@ def measure_lengths(config: RunConfig) -> Lengths:
     Raises:
         OpdError: INVALID_RUN_CONFIG for faulty rows, MODEL_NOT_FOUND for a folder that can't be read.
     """
-    from transformers import AutoTokenizer
-
     train, held_out = split_rows(config)
     folder = read_folder(Path(config.base_model_path))
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
-    chosen = _evenly(train, SAMPLED_ROWS)
-    prompts = [tokenise(row, index, tokenizer, folder.eos_token_ids or (0,)) for index, row in enumerate(chosen)]
-    others = [tokenise(row, 0, tokenizer, folder.eos_token_ids or (0,)) for row in _evenly(held_out, SAMPLED_ROWS)]
+    tokenizer = load_tokenizer(folder.path)
+    own = load_tokenizer(Path(config.teacher_model_path)) if config.teacher_template == "teacher" else None
+    reader = TeacherReader(config.teacher_system_prompt, own)
+
+    def sampled(rows: Sequence[Row]) -> list[Prompt]:
+        chosen = _evenly(rows, SAMPLED_ROWS)
+        return [tokenise(row, 0, tokenizer, folder.eos_token_ids or (0,), reader) for row in chosen]
+
+    prompts, others = sampled(train), sampled(held_out)
+    repeated = [others[place % len(others)] for place in range(len(held_out))]
     return Lengths(
-        tuple(len(prompt.token_ids) for prompt in prompts),
-        tuple(min(len(prompt.reference_ids or ()), config.max_generation_tokens) for prompt in prompts),
-        tuple(len(others[place % len(others)].token_ids) for place in range(len(held_out))),
-        len(train),
+        train=tuple(len(prompt.token_ids) for prompt in prompts),
+        completions=tuple(min(len(prompt.reference_ids or ()), config.max_generation_tokens) for prompt in prompts),
+        held_out=tuple(len(prompt.token_ids) for prompt in repeated),
+        teacher_train=tuple(len(prompt.teacher_token_ids) for prompt in prompts),
+        teacher_held_out=tuple(len(prompt.teacher_token_ids) for prompt in repeated),
+        train_count=len(train),
     )
 
 
@@ -153,7 +173,10 @@ class Regime:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Workload:
-    """Everything a run does. largest: the micro-batch that takes the most memory; context: the longest sequence."""
+    """Everything a run does. largest: the micro-batch that takes the most memory.
+
+    context: the longest sequence of the student; teacher_context: of the teacher.
+    """
 
     config: RunConfig
     regime: Regime
@@ -161,6 +184,7 @@ class Workload:
     tasks: tuple[Task, ...]
     largest: Forward
     context: int
+    teacher_context: int
 
     @property
     def step_sequences(self) -> int:
@@ -187,13 +211,14 @@ def workload_of(config: RunConfig, regime: Regime, lengths: Lengths) -> Workload
     largest = Forward(config.batch_size, widest, config.batch_size * max(trained))
     tasks = (
         *_rollouts(config, regime, lengths),
-        *_scoring(config, regime, lengths, pairs),
+        *_scoring(config, regime, lengths, trained),
         *(Task("train", "learn", batch, config.num_steps / SIMULATED_STEPS) for batch in batches),
         Task("train", "update", Update(len(batches) / SIMULATED_STEPS), config.num_steps),
         *_evaluation(config, lengths),
     )
     context = max(lengths.longest + config.max_generation_tokens, widest)
-    return Workload(config, regime, lengths, tasks, largest, context)
+    teacher_context = max(lengths.teacher_longest + config.max_generation_tokens, context)
+    return Workload(config, regime, lengths, tasks, largest, context, teacher_context)
 
 
 def _micro_batches(config: RunConfig, regime: Regime, pairs: list[tuple[int, int]]) -> list[Forward]:
@@ -234,11 +259,12 @@ def _rollouts(config: RunConfig, regime: Regime, lengths: Lengths) -> list[Task]
     if regime.on_policy < 1 and regime.writes:
         distinct = min(lengths.train_count, (1 - regime.on_policy) * config.num_steps * size)
         together = min(TEACHER_DECODES, distinct)
-        tasks.append(Task("rollout", "write", Decode(together, prompt, tokens, together), distinct / together))
+        read = float(np.mean(lengths.teacher_train))
+        tasks.append(Task("rollout", "write", Decode(together, read, tokens, together), distinct / together))
     return tasks
 
 
-def _scoring(config: RunConfig, regime: Regime, lengths: Lengths, pairs: list[tuple[int, int]]) -> list[Task]:
+def _scoring(config: RunConfig, regime: Regime, lengths: Lengths, trained: list[int]) -> list[Task]:
     if not regime.scores:
         return []
     size = config.batch_size * config.gradient_accumulation_steps
@@ -247,8 +273,8 @@ def _scoring(config: RunConfig, regime: Regime, lengths: Lengths, pairs: list[tu
     others = sequences - fresh
     # A completion that doesn't depend on the student is scored once and then found in the cache.
     fresh += min(others, lengths.train_count) if config.use_cache else others
-    prompt = float(np.mean([pair[0] for pair in pairs]))
-    rows = float(np.mean([pair[1] for pair in pairs]))
+    prompt = float(np.mean(lengths.teacher_train))
+    rows = float(np.mean(trained))
     # What samples of one prompt begin with is computed once.
     length = rows + prompt / regime.samples_per_prompt
     return [Task("score", "score", Forward(size, length, size * rows), fresh / size)]
@@ -257,15 +283,15 @@ def _scoring(config: RunConfig, regime: Regime, lengths: Lengths, pairs: list[tu
 def _evaluation(config: RunConfig, lengths: Lengths) -> list[Task]:
     count, tokens = len(lengths.held_out), config.max_generation_tokens
     times = config.num_steps // config.eval_every + 1 + (config.num_steps % config.eval_every > 0)
-    prompt = float(np.mean(lengths.held_out))
+    prompt, read = float(np.mean(lengths.held_out)), float(np.mean(lengths.teacher_held_out))
     together = min(TEACHER_DECODES, count)
     batches = -(-count // config.batch_size)
     size = count / batches
     width = _padded(prompt + tokens)
-    scored = Forward(size, prompt + tokens, size * tokens)
+    scored = Forward(size, read + tokens, size * tokens)
     compared = Forward(size, width, size * tokens)
     tasks = [
-        Task("evaluate", "write", Decode(together, prompt, tokens, together), count / together),
+        Task("evaluate", "write", Decode(together, read, tokens, together), count / together),
         # From the second time on the cache has the answers.
         Task("evaluate", "score", scored, batches if config.use_cache else batches * times),
         Task("evaluate", "compare", compared, batches * times),
@@ -273,7 +299,7 @@ def _evaluation(config: RunConfig, lengths: Lengths) -> list[Task]:
     ]
     checked = min(CHECKED, count)
     tasks += [
-        Task("evaluate", "score", Forward(checked, prompt + tokens, checked * tokens)),
+        Task("evaluate", "score", Forward(checked, read + tokens, checked * tokens)),
         Task("evaluate", "sample", Decode(checked, prompt, min(tokens, CHECKED_TOKENS), checked)),
     ]
     if own := min(config.max_eval_samples, count):
@@ -281,7 +307,7 @@ def _evaluation(config: RunConfig, lengths: Lengths) -> list[Task]:
         size = own / batches
         tasks += [
             Task("evaluate", "sample", Decode(own, prompt, tokens, own), times),
-            Task("evaluate", "score", Forward(size, prompt + tokens, size * tokens), batches * times),
+            Task("evaluate", "score", Forward(size, read + tokens, size * tokens), batches * times),
             Task("evaluate", "compare", Forward(size, width, size * tokens), batches * times),
         ]
     return tasks

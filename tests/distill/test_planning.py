@@ -120,7 +120,14 @@ def work(config: dict[str, Any], regime: Regime, lengths: Lengths) -> list[tuple
     return [(task.phase, task.kind, task.item, task.count) for task in done.tasks]
 
 
-LENGTHS = Lengths(train=(20,) * 30, completions=(12,) * 30, held_out=(20,) * 8, train_count=30)
+LENGTHS = Lengths(
+    train=(20,) * 30,
+    completions=(12,) * 30,
+    held_out=(20,) * 8,
+    teacher_train=(20,) * 30,
+    teacher_held_out=(20,) * 8,
+    train_count=30,
+)
 SIZES = {"num_steps": 10, "batch_size": 2, "gradient_accumulation_steps": 3, "max_generation_tokens": 40}
 
 
@@ -152,6 +159,17 @@ def test_what_the_student_does_not_say_is_written_and_scored_once() -> None:
     assert ("score", "score", Forward(6, 60, 240), 5) in done
     uncached = work({**SIZES, "use_cache": False}, Regime(0.0, writes=True, scores=True), LENGTHS)
     assert ("score", "score", Forward(6, 60, 240), 10) in uncached
+
+
+def test_the_teacher_works_on_what_it_reads_itself() -> None:
+    lengths = replace(LENGTHS, teacher_train=(120,) * 30, teacher_held_out=(220,) * 8)
+    done = work({**SIZES, "max_eval_samples": 4}, Regime(0.5, writes=True, scores=True), lengths)
+    assert {item.prompt for _, kind, item, _ in done if kind == "sample"} == {20}
+    written = {(phase, item.prompt) for phase, kind, item, _ in done if kind == "write"}
+    assert written == {("rollout", 120), ("evaluate", 220)}
+    scored = {(phase, item.length) for phase, kind, item, _ in done if kind == "score"}
+    assert scored == {("score", 160), ("evaluate", 260)}
+    assert {item.length for _, kind, item, _ in done if kind in {"learn", "compare"}} == {64}
 
 
 def test_given_completions_are_as_long_as_they_are() -> None:
@@ -205,6 +223,19 @@ def test_prompts_are_measured_with_the_models_own_template(settings: dict[str, A
     ids = student.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
     assert len(ids) in lengths.train
     assert lengths.train_count + len(lengths.held_out) == 40
+
+
+def test_prompts_are_measured_as_each_model_reads_them(settings: dict[str, Any]) -> None:
+    plain, told = facts(settings), facts(settings, teacher_system_prompt="You know every answer. " * 10)
+    assert plain.lengths.teacher_train == plain.lengths.train
+    assert told.lengths.train == plain.lengths.train
+    assert told.lengths.teacher_longest > told.lengths.longest + 50
+    assert told.work.context == plain.work.context == plain.work.teacher_context
+    assert told.work.teacher_context > told.work.context
+    before, after = plan(plain), plan(told)
+    assert dict(after.phases)["score"] > dict(before.phases)["score"]
+    assert after.daemon_peak_bytes > before.daemon_peak_bytes
+    assert after.worker_peak_bytes == before.worker_peak_bytes
 
 
 # Plans

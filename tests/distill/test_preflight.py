@@ -167,7 +167,73 @@ def test_the_chat_template_counts_towards_a_prompts_length(settings: dict[str, A
     )
     assert bare < whole
     assert faults({**settings, "max_prompt_tokens": whole}) == {}
-    assert "tokens; shorten the prompt" in faults({**settings, "max_prompt_tokens": bare})["config.max_prompt_tokens"]
+    found = faults({**settings, "max_prompt_tokens": bare})["config.max_prompt_tokens"]
+    assert f"tokens, more than max_prompt_tokens {bare}; shorten the prompt" in found
+
+
+def write_rows(settings: dict[str, Any], *rows: dict[str, Any]) -> None:
+    Path(settings["prompts_path"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def chat(system: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}, {"role": "user", "content": "Hi"}]
+
+
+LONG = "one two three " * 20
+
+
+@pytest.mark.parametrize(
+    ("row", "changes"),
+    [
+        ({"teacher_prompt": LONG}, {}),
+        ({"teacher_messages": chat(LONG)}, {}),
+        ({}, {"teacher_system_prompt": LONG}),
+    ],
+)
+def test_what_only_the_teacher_reads_counts_towards_a_prompts_length(
+    settings: dict[str, Any], row: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    write_rows(settings, {"prompt": "Hi"}, {"prompt": "Hi", **row})
+    assert faults({**settings, **changes}) == {}
+    found = faults({**settings, **changes, "max_prompt_tokens": 64})
+    assert list(found) == ["config.max_prompt_tokens"]
+    assert "tokens as the teacher reads it, more than max_prompt_tokens 64" in found["config.max_prompt_tokens"]
+
+
+def test_the_teachers_own_template_counts_where_it_is_used(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "verbose"
+    shutil.copytree(settings["teacher_model_path"], folder)
+    file = folder / "tokenizer_config.json"
+    template = LONG + json.loads(file.read_text())["chat_template"]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
+    settings |= {"teacher_model_path": str(folder), "max_prompt_tokens": 64}
+    assert faults(settings) == {}
+    found = faults({**settings, "teacher_template": "teacher"})
+    assert "as the teacher reads it" in found["config.max_prompt_tokens"]
+
+
+def test_a_prompt_that_leaves_no_room_to_answer_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
+    write_rows(settings, {"prompt": "Hi"}, {"prompt": LONG})
+    assert faults({**settings, "max_generation_tokens": 100}) == {}
+    found = faults({**settings, "max_generation_tokens": 450})
+    assert list(found) == ["config.max_generation_tokens"]
+    assert "rows.jsonl:2: " in found["config.max_generation_tokens"]
+    assert "with max_generation_tokens 450 more than the context of 512" in found["config.max_generation_tokens"]
+    # What only the teacher reads needs room in its context alone.
+    write_rows(settings, {"prompt": "Hi"}, {"prompt": "Hi", "teacher_prompt": LONG})
+    assert (
+        "as the teacher reads it" in faults({**settings, "max_generation_tokens": 450})["config.max_generation_tokens"]
+    )
+    settings["teacher_model_path"] = str(write_tiny_qwen2(tmp_path / "wide", seed=1, context=1024))
+    assert faults({**settings, "max_generation_tokens": 450}) == {}
+
+
+def test_a_plain_text_has_no_place_for_the_teachers_system_prompt(settings: dict[str, Any]) -> None:
+    write_rows(settings, {"prompt": "Hi"}, {"text": "Once upon a time."})
+    assert "config.teacher_system_prompt" not in faults(settings)
+    found = faults({**settings, "teacher_system_prompt": "You know all."})
+    assert list(found) == ["config.prompts_path"]
+    assert "rows.jsonl:2: a plain text has no chat" in found["config.prompts_path"]
 
 
 @pytest.mark.parametrize(
