@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from opd_daemon.config import RunConfig
 from opd_daemon.distill.activations import block_bytes, kept_blocks
 from opd_daemon.distill.rates import Pair
-from opd_daemon.distill.workload import STUDENT_DECODES, Decode, Forward, Workload
+from opd_daemon.distill.workload import STUDENT_DECODES, Decode, Forward, Workload, own_samples
 from opd_daemon.types import PlannedBytes
 
 MIB = 1 << 20
@@ -95,7 +95,7 @@ def worker_parts(work: Workload, pair: Pair, memory_bytes: int) -> list[Part]:
     rows = int(work.largest.rows)
     chunk = _chunk(WORKER_CHUNK_BYTES, student.width, rows)
     copies = EXACT_COPIES if pair.exact else SPARSE_COPIES
-    shown = min(config.max_eval_samples, len(work.lengths.held_out), STUDENT_DECODES)
+    shown = min(own_samples(config, work.lengths), STUDENT_DECODES)
     decoding = max(work.sampled_sequences, shown) * _cached(work.context) * student.kv_bytes()
     activations = activation_bytes(work, pair, memory_bytes)
     parts = [

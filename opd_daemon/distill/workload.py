@@ -302,7 +302,7 @@ def _evaluation(config: RunConfig, lengths: Lengths) -> list[Task]:
         Task("evaluate", "score", Forward(checked, read + tokens, checked * tokens)),
         Task("evaluate", "sample", Decode(checked, prompt, min(tokens, CHECKED_TOKENS), checked)),
     ]
-    if own := min(config.max_eval_samples, count):
+    if own := own_samples(config, lengths):
         batches = -(-own // config.batch_size)
         size = own / batches
         tasks += [
@@ -311,6 +311,11 @@ def _evaluation(config: RunConfig, lengths: Lengths) -> list[Task]:
             Task("evaluate", "compare", Forward(size, width, size * tokens), batches * times),
         ]
     return tasks
+
+
+def own_samples(config: RunConfig, lengths: Lengths) -> int:
+    """Held-out prompts evaluated on the student's own samples, which nobody is there to score after precomputing."""
+    return 0 if config.precompute else min(config.max_eval_samples, len(lengths.held_out))
 
 
 def _padded(length: float) -> int:

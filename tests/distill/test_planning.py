@@ -200,6 +200,7 @@ def test_evaluations_are_counted() -> None:
     assert compared(eval_every=100) == 2 * 8
     assert compared(eval_every=5) == 3 * 8
     assert compared(eval_every=5, max_eval_samples=4) == 3 * (8 + 4)
+    assert compared(eval_every=5, max_eval_samples=4, precompute=True) == 3 * 8
 
 
 @pytest.mark.parametrize(
