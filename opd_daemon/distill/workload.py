@@ -164,7 +164,8 @@ class Regime:
         return cls(
             on_policy=sources.get("student", 0.0),
             writes=sources.get("teacher", 0.0) > 0,
-            scores=trainer.uses_teacher and config.kl_weight > 0,
+            # The numbers watched beside the loss need the teacher's answers too, so a kl_weight of 0 saves none.
+            scores=trainer.uses_teacher,
             samples_per_prompt=int(getattr(options, "samples_per_prompt", 1)),
             prefix_tokens=int(getattr(options, "prefix_tokens", 0)),
             staleness=int(getattr(options, "staleness", 0)),

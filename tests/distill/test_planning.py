@@ -215,6 +215,7 @@ def test_evaluations_are_counted() -> None:
 )
 def test_the_regime_follows_from_the_trainer(settings: dict[str, Any], info: TrainerInfo, regime: Regime) -> None:
     assert Regime.of(parse_config(settings), info) == regime
+    assert Regime.of(parse_config({**settings, "kl_weight": 0}), info) == regime
 
 
 def test_prompts_are_measured_with_the_models_own_template(settings: dict[str, Any]) -> None:
