@@ -18,7 +18,7 @@ from opd_daemon.distill.report.heatmap import heatmap
 from opd_daemon.distill.report.measures import Estimate, criterion_of, differ
 from opd_daemon.distill.report.page import render, sections
 from opd_daemon.distill.report.record import RunRecord
-from opd_daemon.distill.report.summary import cards, headline_side, planned_times, sentence
+from opd_daemon.distill.report.summary import cards, headline_side, planned_sizes, planned_times, sentence
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.home import Home, RunFolders
 from opd_daemon.types import Run, RunState
@@ -231,6 +231,17 @@ def test_the_plan_stands_beside_what_was_measured(home: Home) -> None:
     assert rows["evaluate"].measured == 6.0
     assert (rows["the rest"].planned, rows["the rest"].measured) == (2.0, 50.0 - 10.0 - 5.0 - 4.0 - 6.0)
     assert (rows["all"].planned, rows["all"].measured) == (40.0, 50.0)
+
+
+def test_planned_sizes_are_of_what_was_measured(home: Home) -> None:
+    run = run_of(4)
+    folders = write_run(home, run)
+    folders.checkpoints.mkdir(parents=True)
+    (folders.checkpoints / "weights").write_bytes(bytes(3_000_000))
+    rows = {row.name: row for row in planned_sizes(RunRecord.read(run, folders))}
+    assert (rows["memory, worker's arrays"].planned, rows["memory, worker's arrays"].measured) == (1.6e9, 1.5e9)
+    assert (rows["memory, daemon"].planned, rows["memory, daemon"].measured) == (9e8, None)
+    assert (rows["disk, checkpoints"].planned, rows["disk, checkpoints"].measured) == (4_000_000, 3_000_000)
 
 
 def test_task_scores_are_compared(home: Home) -> None:

@@ -22,7 +22,14 @@ PLAN = Plan(
     available_bytes=16_000_000_000,
     assumptions=("every completion of full length",),
     phases=(("load", 2.0), ("rollout", 20.0), ("score", 10.0), ("train", 8.0)),
-    memory=(PlannedBytes("worker", "student", 300_000_000),),
+    memory=(
+        PlannedBytes("daemon", "process", 100_000_000),
+        PlannedBytes("worker", "process", 200_000_000),
+        PlannedBytes("worker", "tokenizer", 100_000_000),
+        PlannedBytes("worker", "student", 300_000_000),
+        PlannedBytes("worker", "buffers kept", 100_000_000),
+    ),
+    disk=(PlannedBytes("", "teacher cache", 1_000_000), PlannedBytes("", "checkpoints", 4_000_000)),
     machine="a machine",
 )
 

@@ -15,6 +15,9 @@ from opd_daemon.types import Run
 
 Row = dict[str, Any]
 
+# Parts of the plan that are no arrays in use, which alone MLX's peak counts.
+NO_ARRAYS = frozenset({"process", "tokenizer", "buffers kept"})
+
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
@@ -43,6 +46,15 @@ class RunRecord:
     def empty(self) -> bool:
         """Whether the run ended before it measured anything."""
         return not self.steps and not self.evaluations
+
+    @property
+    def planned_array_bytes(self) -> int | None:
+        """The planned peak of the worker's arrays, to compare with MLX's own; None without a plan that knows it."""
+        plan = self.run.plan
+        if plan is None:
+            return None
+        rest = sum(part.bytes for part in plan.memory if part.process == "worker" and part.name in NO_ARRAYS)
+        return max(0, plan.worker_peak_bytes - rest) or None  # with precompute the peak may be the teacher's alone
 
     @property
     def last_step(self) -> int:

@@ -90,7 +90,7 @@ def _memory(record: RunRecord) -> Iterator[Chart]:
         known = [(curve(record.steps, "peak_memory_bytes", 1 / GIGABYTE), "peak", INK)]
     if not known[0][0]:
         return
-    planned = record.run.plan.worker_peak_bytes / GIGABYTE if record.run.plan else None
+    planned = record.planned_array_bytes / GIGABYTE if record.planned_array_bytes else None
 
     def draw(axes: Any) -> None:
         ends = []

@@ -265,11 +265,12 @@ def _time(seconds: float | None) -> str:
 def planned_sizes(record: RunRecord) -> list[Planned]:
     """Bytes of memory and disk: planned and measured."""
     plan = record.run.plan
+    disk = {part.name: part.bytes for part in plan.disk} if plan else {}
     peak = max(series(record.steps, "peak_memory_bytes")[1], default=0.0)
     rows = [
-        ("memory, worker", plan.worker_peak_bytes if plan else None, peak or None),
+        ("memory, worker's arrays", record.planned_array_bytes, peak or None),
         ("memory, daemon", plan.daemon_peak_bytes if plan else None, None),
-        ("disk, checkpoints", plan.disk_bytes if plan else None, record.checkpoint_bytes or None),
+        ("disk, checkpoints", disk.get("checkpoints"), record.checkpoint_bytes or None),
     ]
     known = [(name, planned, measured) for name, planned, measured in rows if planned or measured]
     return [
