@@ -230,7 +230,7 @@ class Plan:
 
     phases: seconds by phase, over all steps. memory, disk: the peaks by part; parts of one process that never live
     together are not added up. assumptions, warnings, advice: sentences; advice says what to change. machine: planned
-    for, in words. calibrated: the rates were measured here, with models of these shapes.
+    for, in words. calibrated: the rates were measured here, with models of these shapes. fits: memory and disk suffice.
     """
 
     seconds: float
@@ -246,16 +246,12 @@ class Plan:
     advice: tuple[str, ...] = ()
     machine: str = ""
     calibrated: bool = False
+    fits: bool = True
 
     @property
     def peak_bytes(self) -> int:
         """Peak of daemon and worker together."""
         return self.daemon_peak_bytes + self.worker_peak_bytes
-
-    @property
-    def fits(self) -> bool:
-        """Whether both fit into the memory there is."""
-        return self.peak_bytes <= self.available_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ def plan(
     if found is None:
         raise AssertionError("a checked run has a plan")
     if as_json:
-        output.show_json({**output.plain(found), "peak_bytes": found.peak_bytes, "fits": found.fits})
+        output.show_json({**output.plain(found), "peak_bytes": found.peak_bytes})
     else:
         show(found)
     return exits.OK
@@ -60,11 +60,11 @@ def show(plan: Plan) -> None:
     screen = output.console()
     screen.width = min(screen.width, WIDEST)
     how = "measured here" if plan.calibrated else "published rates"
-    _print(screen, f"[bold]{text.duration(plan.seconds)}[/] on {plan.machine} [dim]({how})[/]")
-    _print(screen, _phases(plan))
     fits = "[green]fits[/]" if plan.fits else "[bold red]does not fit[/]"
+    _print(screen, f"[bold]{text.duration(plan.seconds)}[/] on {plan.machine} [dim]({how})[/]: {fits}")
+    _print(screen, _phases(plan))
     peak, there = text.size(plan.peak_bytes), text.size(plan.available_bytes)
-    _print(screen, f"[bold]{peak}[/] of memory at the peak, {there} are there: {fits}")
+    _print(screen, f"[bold]{peak}[/] of memory at the peak, {there} are there")
     _print(screen, _memory(plan))
     _print(screen, f"[bold]{text.size(plan.disk_bytes)}[/] on disk")
     _print(screen, _parts(plan.disk, plan.disk_bytes))

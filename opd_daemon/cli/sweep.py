@@ -53,7 +53,7 @@ def sweep(
     with daemon_in_use(serve=serve, yes=yes) as daemon:
         too_large = show_plans(daemon.client, cells)
         if too_large and not dry_run:
-            message = f"{', '.join(too_large)} will not fit into memory; 'opd plan' shows why. Nothing was started"
+            message = f"{', '.join(too_large)} will not fit; 'opd plan' shows why. Nothing was started"
             raise OpdError(Reason.OUT_OF_MEMORY, message)
         if dry_run or not (yes or not output.can_ask() or typer.confirm("start?", default=True, err=True)):
             return exits.OK
@@ -125,7 +125,7 @@ def _as_varied(error: OpdError, own: Sequence[str]) -> OpdError:
 
 
 def show_plans(client: Client, cells: Sequence[Cell]) -> list[str]:
-    """Show what there is to do; the runs that will not fit into memory."""
+    """Show what there is to do; the runs that will not fit."""
     from opd_daemon.client.sweep import known_runs
 
     known = known_runs(client, cells)

@@ -52,9 +52,18 @@ STEP_SECONDS = 0.02
 WRITTEN_BYTES_PER_SECOND = 3e8
 
 
+@dataclass(frozen=True, slots=True)
+class DiskSpace:
+    """What is free where runs and teacher cache are kept, and what the cache holds and may grow to; in bytes."""
+
+    free_bytes: int
+    cache_bytes: int
+    cache_limit_bytes: int
+
+
 @dataclass(frozen=True, eq=False)
 class RunFacts:
-    """Everything a plan follows from besides rates. loaded: the teacher is in memory already."""
+    """Everything a plan follows from besides rates. loaded: the teacher is in memory already. disk: None if unknown."""
 
     config: RunConfig
     regime: Regime
@@ -63,16 +72,25 @@ class RunFacts:
     teacher: ModelFolder
     machine: Machine
     loaded: bool = False
+    disk: DiskSpace | None = None
 
     @classmethod
-    def read(cls, config: RunConfig, trainer: TrainerInfo, machine: Machine, *, loaded: bool) -> RunFacts:
+    def read(
+        cls,
+        config: RunConfig,
+        trainer: TrainerInfo,
+        machine: Machine,
+        *,
+        loaded: bool,
+        disk: DiskSpace | None = None,
+    ) -> RunFacts:
         """Read configurations, headers and prompts of a run that has passed `check_run`.
 
         Raises:
             OpdError: a file has gone since, with what `check_run` would say.
         """
         student, teacher = (read_folder(Path(path)) for path in (config.base_model_path, config.teacher_model_path))
-        return cls(config, Regime.of(config, trainer), measure_lengths(config), student, teacher, machine, loaded)
+        return cls(config, Regime.of(config, trainer), measure_lengths(config), student, teacher, machine, loaded, disk)
 
     @cached_property
     def pair(self) -> Pair:
@@ -124,6 +142,16 @@ class RunFacts:
         return max((daemon, WORKER_PROCESS_BYTES), (bare, worker), key=sum)
 
     @property
+    def worker_peak(self) -> int:
+        """Bytes of the worker when it takes the most."""
+        return peak(part for part in self.parts if part.process == "worker")
+
+    @cached_property
+    def disk_parts(self) -> list[PlannedBytes]:
+        """What stays on disk."""
+        return disk_parts(self.work, self.pair)
+
+    @property
     def recomputes(self) -> bool:
         """Whether most blocks are computed a second time for their gradient."""
         batch = self.work.largest
@@ -167,22 +195,22 @@ def plan(facts: RunFacts, rates: Rates | None = None) -> Plan:
     rates = rates or facts.rates()
     phases = facts.seconds(rates)
     daemon, worker = facts.peaks
-    disk = disk_parts(facts.work, facts.pair)
-    available = facts.machine.usable_bytes
+    obstacles = tuple(_obstacles(facts))
     return Plan(
         seconds=sum(phases.values()),
         daemon_peak_bytes=daemon,
         worker_peak_bytes=worker,
-        disk_bytes=sum(part.bytes for part in disk),
-        available_bytes=available,
+        disk_bytes=sum(part.bytes for part in facts.disk_parts),
+        available_bytes=facts.machine.usable_bytes,
         assumptions=tuple(_assumptions(facts, rates)),
-        warnings=tuple(_warnings(facts, daemon + worker)),
+        warnings=(*obstacles, *_warnings(facts)),
         phases=tuple((name, seconds) for name, seconds in phases.items() if seconds),
         memory=tuple(PlannedBytes(part.process, part.name, part.bytes) for part in facts.parts if part.bytes),
-        disk=tuple(disk),
+        disk=tuple(facts.disk_parts),
         advice=tuple(_advice(facts, rates)),
         machine=facts.machine.name,
         calibrated=rates.calibrated,
+        fits=not obstacles,
     )
 
 
@@ -209,11 +237,44 @@ def _assumptions(facts: RunFacts, rates: Rates) -> Iterator[str]:
         yield "the teacher is unloaded before the student loads, so only the larger of the two counts"
 
 
-def _warnings(facts: RunFacts, needed: int) -> Iterator[str]:
-    available = facts.machine.usable_bytes
+def _obstacles(facts: RunFacts) -> Iterator[str]:
+    """Why a run will not fit."""
+    yield from _memory_obstacles(facts)
+    if facts.disk is not None:
+        yield from _disk_obstacles(facts, facts.disk)
+
+
+def _memory_obstacles(facts: RunFacts) -> Iterator[str]:
+    needed, available, limit = sum(facts.peaks), facts.machine.usable_bytes, facts.config.worker_memory_limit_bytes
     if needed > available:
         yield f"needs {size(needed)} of memory, {size(available)} are there: it will not fit"
-    elif needed > TIGHT * available:
+    if 0 < limit < facts.worker_peak:
+        yield (
+            f"the worker needs {size(facts.worker_peak)} of memory, worker_memory_limit_bytes allows {size(limit)}: "
+            "it will not fit"
+        )
+
+
+def _disk_obstacles(facts: RunFacts, disk: DiskSpace) -> Iterator[str]:
+    parts = {part.name: part.bytes for part in facts.disk_parts}
+    cached = parts.pop("teacher cache", 0)
+    # A full cache gives up its oldest answers.
+    needed = sum(parts.values()) + min(cached, max(0, disk.cache_limit_bytes - disk.cache_bytes))
+    if needed > disk.free_bytes:
+        yield (
+            f"needs {size(needed)} on disk, {size(disk.free_bytes)} are free: it will not fit; free some, or save less "
+            "with keep_last_n, save_best_only and use_cache"
+        )
+    if facts.config.precompute and cached > disk.cache_limit_bytes:
+        yield (
+            f"precompute keeps {size(cached)} of answers in the teacher cache, which takes "
+            f"{size(disk.cache_limit_bytes)}: it will not fit; raise the limit (opd serve --cache-limit)"
+        )
+
+
+def _warnings(facts: RunFacts) -> Iterator[str]:
+    needed, available = sum(facts.peaks), facts.machine.usable_bytes
+    if TIGHT * available < needed <= available:
         yield f"needs {size(needed)} of the {size(available)} of memory there are: close other programs"
 
 
@@ -227,7 +288,7 @@ class Change:
 
 def _advice(facts: RunFacts, rates: Rates) -> Iterator[str]:
     needed, seconds = sum(facts.peaks), sum(facts.seconds(rates).values())
-    if needed > TIGHT * facts.machine.usable_bytes:
+    if needed > TIGHT * facts.machine.usable_bytes or any(_memory_obstacles(facts)):
         yield from _memory_advice(facts, needed)
     faster = []
     for change in _time_changes(facts):
@@ -238,12 +299,12 @@ def _advice(facts: RunFacts, rates: Rates) -> Iterator[str]:
 
 
 def _memory_advice(facts: RunFacts, needed: int) -> Iterator[str]:
-    available = facts.machine.usable_bytes
+    too_much = any(_obstacles(facts))
     found = []
     for change in _memory_changes(facts):
         after = sum(change.facts.peaks)
         if after < 0.99 * needed:
-            fits = " (fits)" if after <= available < needed else ""
+            fits = " (fits)" if too_much and not any(_obstacles(change.facts)) else ""
             found.append((after, f"{change.words}: {size(after)} instead of {size(needed)}{fits}"))
     yield from (words for _, words in sorted(found)[:SHOWN_ADVICE])
 

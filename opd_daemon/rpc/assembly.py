@@ -110,13 +110,14 @@ class Daemon:
         service = TeacherService(home.teacher_cache, home.digest_memo, cache_limit_bytes=limits.cache_bytes)
         await service.start()
         teacher = ResidentTeacher(service, events)
+        planner = Planner(Calibrations(home.calibration), home.root, service.cache_stats)
         workers = Workers(home)
         runs = RunManager(
             home=home,
             events=events,
             plugins=plugins,
             workers=workers,
-            preflight=Preflight(check_run, Planner(Calibrations(home.calibration)).plan),
+            preflight=Preflight(check_run, planner.plan),
             teaching=Teaching(teacher.path, teacher.ensure),
             max_concurrent_runs=limits.concurrent_runs,
             stop_grace=limits.stop_grace_seconds,

@@ -137,6 +137,7 @@ def plan_from_proto(message: pb.RunPlan) -> Plan:
         advice=tuple(message.advice),
         machine=message.machine,
         calibrated=message.calibrated,
+        fits=message.fits,
     )
 
 

@@ -28,6 +28,7 @@ PLAN = Plan(
     disk=(PlannedBytes("", "checkpoints", 5_000_000_000),),
     advice=("batch_size 1: 40.0 GB instead of 52.0 GB (fits)",),
     machine="M4 Max 64 GB",
+    fits=False,
 )
 
 

@@ -132,12 +132,12 @@ def test_a_report_is_downloaded_with_its_pictures(
     assert unknown.code == exits.USAGE
 
 
-def test_a_sweep_that_will_not_fit_starts_nothing(opd: Opd, config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd_daemon.types.Plan.fits", property(lambda _: False))
+def test_a_sweep_that_will_not_fit_starts_nothing(opd: Opd, config_file: Path) -> None:
     before = opd("runs", "--json").json
-    command = ("sweep", config_file, "--vary", "seed=1,2", "--name", "large", "--yes")
+    small = ("--set", "worker_memory_limit_bytes=1000000")
+    command = ("sweep", config_file, "--vary", "seed=1,2", "--name", "large", "--yes", *small)
     outcome = opd(*command)
     assert outcome.code == exits.FAILED
-    assert "large-1, large-2 will not fit into memory" in outcome.err
+    assert "large-1, large-2 will not fit;" in outcome.err
     assert opd("runs", "--json").json == before
     assert opd(*command, "--dry-run").code == exits.OK

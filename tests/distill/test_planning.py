@@ -16,7 +16,7 @@ from opd_daemon.distill.adapter import WEIGHTS
 from opd_daemon.distill.checkpoints import OPTIMIZER
 from opd_daemon.distill.machines import Machine, machine_names, named_machine, this_machine
 from opd_daemon.distill.peft import PEFT_WEIGHTS
-from opd_daemon.distill.planning import RunFacts, plan
+from opd_daemon.distill.planning import DiskSpace, RunFacts, plan
 from opd_daemon.distill.shape import adapter_parameters, in_float32, shape_of, stored_parameters
 from opd_daemon.distill.student import Student
 from opd_daemon.distill.workload import Decode, Forward, Lengths, Regime, workload_of
@@ -357,6 +357,44 @@ def test_pressure_is_warned_of_before_it_is_too_much(settings: dict[str, Any]) -
     assert "close other programs" in tight.warnings[0]
     roomy = plan(replace(run, machine=replace(run.machine, usable_bytes=2 * needed)))
     assert not roomy.warnings
+
+
+def test_a_worker_that_needs_more_than_its_limit_does_not_fit(settings: dict[str, Any]) -> None:
+    needed = facts(settings).worker_peak
+    assert plan(facts(settings, worker_memory_limit_bytes=needed)).fits
+    found = plan(facts(settings, worker_memory_limit_bytes=needed // 2))
+    assert not found.fits
+    assert "worker_memory_limit_bytes allows" in found.warnings[0]
+    assert "it will not fit" in found.warnings[0]
+
+
+def test_a_run_that_takes_more_disk_than_is_free_does_not_fit(settings: dict[str, Any]) -> None:
+    run = facts(settings)
+    needed = plan(run).disk_bytes
+    (cached,) = [part.bytes for part in plan(run).disk if part.name == "teacher cache"]
+
+    def on(free: int, *cache: int) -> Plan:
+        return plan(replace(run, disk=DiskSpace(free, *cache)))
+
+    assert on(needed, 0, 2 * cached).fits
+    found = on(needed - 1, 0, 2 * cached)
+    assert not found.fits
+    assert "on disk" in found.warnings[0]
+    assert "it will not fit" in found.warnings[0]
+    # A full cache takes no more of the disk.
+    assert on(needed - cached, 2 * cached, 2 * cached).fits
+    assert not on(needed - cached - 1, 2 * cached, 2 * cached).fits
+
+
+def test_computing_ahead_needs_a_cache_that_holds_it_all(settings: dict[str, Any]) -> None:
+    ahead, late = facts(settings, OFFLINE, precompute=True), facts(settings, OFFLINE)
+    (cached,) = [part.bytes for part in plan(ahead).disk if part.name == "teacher cache"]
+    assert plan(replace(ahead, disk=DiskSpace(1 << 40, 0, cached))).fits
+    small = DiskSpace(1 << 40, 0, cached - 1)
+    found = plan(replace(ahead, disk=small))
+    assert not found.fits
+    assert "opd serve --cache-limit" in found.warnings[0]
+    assert plan(replace(late, disk=small)).fits
 
 
 # Machines

@@ -49,7 +49,8 @@ def test_a_refused_allocation_halves_the_micro_batches_and_changes_no_loss(
         step_bytes = client.metrics(run.run_id)[0][-1]["student_peak_bytes"]
 
         limit = idle + 2 * step_bytes // 3
-        run, revision = client.create_run({**values, "worker_memory_limit_bytes": limit})
+        # Forced, as a plan may know that it will not fit.
+        run, revision = client.create_run({**values, "worker_memory_limit_bytes": limit}, force=True)
         limited = wait_for(client, run.run_id, lambda run: run.state.resting)
         assert limited.state is RunState.SUCCEEDED, limited.error_message
         assert limited.memory_halvings in (1, 2)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from opd_daemon.runs import calibration
 from opd_daemon.runs.calibration import Calibrations, key_of
 from opd_daemon.runs.plans import Planner, PlanRequest, does_not_fit
 from opd_daemon.teacher import TeacherService, generation, scoring
+from opd_daemon.types import CacheStats
 from tests.sparse import write_sparse_model
 
 KINDS = ("sample", "write", "score", "learn", "update", "compare")
@@ -71,6 +73,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[RunFacts]:
     return asked
 
 
+def planner(file: Path) -> Planner:
+    return Planner(Calibrations(file), file.parent, lambda: CacheStats(limit_bytes=1 << 30))
+
+
 def facts_of(request: PlanRequest, **changes: Any) -> RunFacts:
     config = request.config.model_copy(update=changes)
     return RunFacts.read(config, request.trainer, this_machine(), loaded=False)
@@ -103,13 +109,13 @@ def test_a_machine_is_measured_once_and_never_unasked(
     tmp_path: Path, request_: PlanRequest, measured: list[RunFacts]
 ) -> None:
     file = tmp_path / "calibration.json"
-    assert not Planner(Calibrations(file)).plan(request_).calibrated
+    assert not planner(file).plan(request_).calibrated
     assert not measured
-    found = Planner(Calibrations(file)).plan(replace(request_, measure=True))
+    found = planner(file).plan(replace(request_, measure=True))
     assert found.calibrated
     assert dict(found.phases)["train"] > 0
     assert any("measured on this machine" in line for line in found.assumptions)
-    assert Planner(Calibrations(file)).plan(request_).calibrated
+    assert planner(file).plan(request_).calibrated
     assert len(measured) == 1
 
 
@@ -137,7 +143,7 @@ def test_a_measurement_that_fails_leaves_the_plan_with_typical_rates(
     file = tmp_path / "calibration.json"
     for command in ((sys.executable, "-c", "raise SystemExit('no luck')"), ("/nowhere/python",)):
         monkeypatch.setattr(calibration, "COMMAND", command)
-        assert not Planner(Calibrations(file)).plan(replace(request_, measure=True)).calibrated
+        assert not planner(file).plan(replace(request_, measure=True)).calibrated
     assert "no luck" in caplog.text
     assert not file.exists()
 
@@ -154,14 +160,34 @@ def test_models_that_leave_no_room_are_not_measured(
 def test_another_machine_is_planned_from_published_rates(
     tmp_path: Path, request_: PlanRequest, measured: list[RunFacts]
 ) -> None:
-    planner = Planner(Calibrations(tmp_path / "calibration.json"))
-    found = planner.plan(replace(request_, machine="M4 Max 64 GB", measure=True))
+    plans = planner(tmp_path / "calibration.json")
+    found = plans.plan(replace(request_, machine="M4 Max 64 GB", measure=True))
     assert found.machine == "M4 Max 64 GB"
     assert found.available_bytes == named_machine("M4 Max 64 GB").usable_bytes
     assert not found.calibrated
     assert not measured
     with pytest.raises(OpdError, match="1 field is not valid"):
-        planner.plan(replace(request_, machine="a bigger one"))
+        plans.plan(replace(request_, machine="a bigger one"))
+
+
+def test_the_disk_of_this_machine_is_asked_and_of_another_is_not(
+    tmp_path: Path, request_: PlanRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def usage(folder: Path) -> SimpleNamespace:
+        asked.append(folder)
+        return SimpleNamespace(free=1000)
+
+    monkeypatch.setattr("opd_daemon.runs.plans.shutil.disk_usage", usage)
+    plans = planner(tmp_path / "calibration.json")
+    found = plans.plan(request_)
+    assert not found.fits
+    assert "on disk, 1.0 kB are free: it will not fit" in found.warnings[0]
+    assert "will not fit" in does_not_fit(found).message
+    assert asked == [tmp_path]
+    assert plans.plan(replace(request_, machine="M4 Max 64 GB")).fits
+    assert asked == [tmp_path]
 
 
 def test_a_refusal_says_how_much_and_what_to_do(request_: PlanRequest) -> None:

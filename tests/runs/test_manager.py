@@ -112,7 +112,7 @@ async def test_validating_keeps_nothing(tmp_path: Path) -> None:
 
 @asynchronous
 async def test_a_run_that_will_not_fit_is_refused_with_advice_unless_it_is_forced(tmp_path: Path) -> None:
-    plan = replace(PLAN, available_bytes=2, warnings=("it will not fit",), advice=("batch_size 1: 1 instead of 3",))
+    plan = replace(PLAN, fits=False, warnings=("it will not fit",), advice=("batch_size 1: 1 instead of 3",))
     async with Stage(tmp_path, plan=plan).daemon() as daemon:
         fault = await refusal(daemon.create())
         assert fault.reason is Reason.OUT_OF_MEMORY
