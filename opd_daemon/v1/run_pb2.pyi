@@ -663,7 +663,7 @@ class RunPlan(_message.Message):
     available_bytes: _builtins.int
     """Memory this machine has for it."""
     fits: _builtins.bool
-    """Whether daemon and worker fit into the memory there is. A run that doesn't fit is not accepted unless `force`."""
+    """Whether the memory and the disk there are suffice. A run that doesn't fit is not accepted unless `force`."""
     machine: _builtins.str
     """The machine planned for, for people."""
     calibrated: _builtins.bool
