@@ -4,9 +4,9 @@
 
 SmolLM2-135M teaches its 3-bit copy on the demo's prompts. Every run trains on the same number of sequences of at most
 the same length, from the same start, with one setting of everything else; only trainer, divergence and seed differ.
-The table shows mean ± standard deviation over the seeds. Runs that are done already are kept in `regimes.json`, so the
-command can be stopped and started again. together: so many runs at a time, each with a daemon and its share of the
-cores; on a CPU that takes less time in all.
+The table that is printed shows mean ± standard deviation over the seeds; the picture shows every one. Runs that are
+done already are kept in `regimes.json`, so the command can be stopped and started again. together: so many runs at a
+time, each with a daemon and its share of the cores; on a CPU that takes less time in all.
 """
 
 from __future__ import annotations
@@ -93,9 +93,7 @@ def main() -> None:
                 print(line(row), flush=True)
         for part in at_work:
             part.result()  # raises what ended it
-    table = markdown(rows)
-    print(table)
-    (arguments.output / "regimes.md").write_text(table, encoding="utf-8")
+    print(markdown(rows))
     draw(rows, arguments.output / "regimes.png")
 
 
