@@ -11,10 +11,18 @@ import pytest
 
 from opd_daemon.config import parse_config
 from opd_daemon.distill.compare import Comparison, Piece, Wardrobe
+from opd_daemon.distill.memory import limited_memory
 from opd_daemon.types import ComparisonRequest, GenerateRequest, ModelAnswer
 from tests.distill.local_teacher import LocalTeacher
 from tests.distill.test_adapter_folder import TOKENS, only_peft, written
 from tests.tiny import write_tiny_qwen2
+
+
+@pytest.fixture(autouse=True)
+def limits() -> Iterator[None]:
+    """A comparison has a process of its own, and limits it for good."""
+    with limited_memory():
+        yield
 
 
 @pytest.mark.parametrize("models", [("base", "teacher"), ("base",)])
