@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 MAX_REQUEST_BYTES = 64 << 20
 # macOS allows 104 bytes including the final zero; Linux 108.
 MAX_SOCKET_PATH = 103
+# In a gRPC address these part a list, escape, or begin a query or a fragment.
+READ_OTHERWISE = frozenset(",%?#")
 RPC_GRACE_SECONDS = 2.0
 
 OPTIONS = [
@@ -172,8 +174,8 @@ def _bind(server: grpc.aio.Server, socket: Path, port: int | None) -> int | None
 
 
 def _socket_path(home: Home) -> Path:
-    """The home's own socket path, or one in a fresh private folder where that is too long for a socket."""
-    if len(os.fsencode(home.socket)) <= MAX_SOCKET_PATH:
+    """The home's own socket path, or one in a fresh private folder where that is too long, or no gRPC address."""
+    if len(os.fsencode(home.socket)) <= MAX_SOCKET_PATH and not READ_OTHERWISE & set(str(home.socket)):
         return home.socket
     return Path(tempfile.mkdtemp(prefix="opd-")) / "opd.sock"
 

@@ -35,6 +35,12 @@ def test_leaving_the_block_ends_the_daemon(tmp_path: Path) -> None:
     assert not home.discovery.exists()
 
 
+def test_a_home_may_have_any_name(tmp_path: Path) -> None:
+    for name in ("with space", "100% mine, really?#1"):
+        with LocalDaemon(Home(tmp_path / name)) as daemon, daemon.client() as client:
+            assert list(client.runs()) == []
+
+
 def test_kill_9_of_the_program_ends_its_daemon(tmp_path: Path) -> None:
     command = [sys.executable, "-c", STARTS_ONE_AND_WAITS, str(tmp_path / "home")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
