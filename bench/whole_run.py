@@ -50,7 +50,14 @@ def main() -> None:
         folder = Path(name)
         texts = cut_prompts(student, arguments.steps * BATCH)
         found = {
-            name: run_opd(folder / name, teacher, student, texts, steps=arguments.steps, options=options)
+            name: run_opd(
+                folder / f"staleness{options.get('staleness', 0)}",
+                teacher,
+                student,
+                texts,
+                steps=arguments.steps,
+                options=options,
+            )
             for name, options in {"opd": {}, "opd, staleness 1": {"staleness": 1}}.items()
         }
         theirs = run_trl(folder, teacher, student, texts, arguments.steps)
