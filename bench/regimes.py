@@ -178,8 +178,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.3f} ± {deviation:.3f}"
+    mean = f"{statistics.fmean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
@@ -200,9 +200,8 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         axes.grid(axis="x", color="#e5e7eb")
         axes.spines[["top", "right", "left"]].set_visible(False)
     count = len({row["seed"] for row in rows})
-    figure.suptitle(
-        f"Held out, after training: {count} seeds (dots) and their mean (bar); lower is better", fontsize=11
-    )
+    seeds = f"{count} seeds (dots) and their mean (bar)" if count > 1 else "one seed"
+    figure.suptitle(f"Held out, after training: {seeds}; lower is better", fontsize=11)
     figure.savefig(file)
 
 
