@@ -86,7 +86,7 @@ def _host_swiglu_vjp(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx
 
 
 def swiglu(gates: Array, ups: Array, result: Array) -> None:
-    """Write silu(gates) · ups, all of one shape and contiguous."""
+    """Write silu(gates) · ups, all of one shape and contiguous; the result may take the place of the gates."""
     for part in _tiles(gates.size):
         z = gates.reshape(-1)[part]
         np.multiply(z * _sigmoid(z), ups.reshape(-1)[part], out=result.reshape(-1)[part])

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx import nn
 
+from opd_daemon.models.host import swiglu
 from opd_daemon.models.split import OutputHead, SplitModel
 
 Array = npt.NDArray[np.float32]
@@ -109,9 +110,7 @@ class _Layer:
         states = states + self._attend(_normed(states, self._norms[0]), cache, places, padding)
         normed = _normed(states, self._norms[1])
         gates = self._gate(normed)
-        with np.errstate(over="ignore"):  # exp overflows to infinity below −88, and 1 / infinity is the right answer
-            gates /= 1.0 + np.exp(-gates)
-        gates *= self._up(normed)
+        swiglu(gates, self._up(normed), gates)
         states += self._down(gates)
         return states
 
