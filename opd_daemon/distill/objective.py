@@ -79,7 +79,8 @@ class Objective:
         foreign = None
         if self.kl_weight and not isinstance(self.divergence, FormulaDivergence):
             foreign = self.divergence.slopes(logits, ExactSignal(teacher))
-            mx.eval(foreign)  # while the logits are there
+            if reuse:
+                mx.eval(foreign)  # while the logits are there
         labels, weights = rows.labels[:, None], rows.mask[:, None]
         if on_host():
             slopes = logits if reuse else mx.zeros(logits.shape)
@@ -136,7 +137,8 @@ class Objective:
             slopes = slopes * self._factors(rows, clipped)
             values |= self._bias(logits, rows, values["kl"])
         if self.ce_weight:
-            mx.eval(values, [] if slopes is None else slopes)  # while the logits are there
+            if reuse:
+                mx.eval(values, [] if slopes is None else slopes)  # while the logits are there
             values["ce"], toward = _ce_slopes(logits, rows.labels, rows.mask * self.ce_weight, reuse=reuse)
             slopes = toward if slopes is None else slopes + toward
         return values, mx.zeros(logits.shape) if slopes is None else slopes
