@@ -194,10 +194,11 @@ class TrainingLoop:
         cursor = self.progress.cursor + len(step.prompts)
         self.progress = replace(self.progress, step=step.number, cursor=cursor, seconds_elapsed=self.seconds_elapsed)
         if step.finite:
-            self.progress = replace(self.progress, skipped_steps=0, idle_steps=self.progress.idle_steps * step.idle)
+            idle = self.progress.idle_steps + 1 if step.idle else 0
+            self.progress = replace(self.progress, skipped_steps=0, idle_steps=idle)
             self._report(step, seconds)
-            if step.idle:
-                self._warn_of_masks(step)
+            if idle:
+                self._warn_of_masks(step, idle)
         else:
             self._skip(step)
         self._warn_of_pressure()
@@ -239,10 +240,8 @@ class TrainingLoop:
             raise OpdError(Reason.NOT_A_NUMBER, message, step=step.number)
         self.journal.log(f"step {step.number} left out: {found}", "warning")
 
-    def _warn_of_masks(self, step: Step) -> None:
-        """After a step all of whose completions were masked; many in a row are a run that learns nothing."""
-        idle = self.progress.idle_steps + 1
-        self.progress = replace(self.progress, idle_steps=idle)
+    def _warn_of_masks(self, step: Step, idle: int) -> None:
+        """After `idle` steps in a row all of whose completions were masked; many are a run that learns nothing."""
         cure = "raise max_generation_tokens, or train without the mask"
         if idle > IDLE_ALLOWED:
             message = f"nothing was learned in {idle} steps in a row, as every completion was masked: {cure}"
