@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,11 @@ class VocabularyMatch:
     def unshared(self) -> tuple[int, ...]:
         """Ids that only one side knows."""
         return (*self.only_teacher, *self.only_student)
+
+
+def ids_below(ids: Iterable[int], size: int) -> tuple[int, ...]:
+    """Those of the ids that a model of this vocabulary size has, so that it can be asked to mask them."""
+    return tuple(index for index in ids if index < size)
 
 
 def load_vocabulary(path: Path) -> dict[int, str]:

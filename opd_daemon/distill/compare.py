@@ -37,6 +37,7 @@ from opd_daemon.models.folder import read_folder
 from opd_daemon.textstream import TextStream
 from opd_daemon.trainer import Teacher
 from opd_daemon.types import ComparisonRequest, GenerateRequest, ModelAnswer, ModelSummary
+from opd_daemon.vocabulary import ids_below
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class Comparison:
         self._prompts = self._tokenised()
         self._unshared = unshared_ids(config, logger.info)
         # No student could be asked about ids that only the teacher knows, so it says none of them here either.
-        self._masked = tuple(index for index in self._unshared if index < teacher.info.vocab_size)
+        self._masked = ids_below(self._unshared, teacher.info.vocab_size)
 
     def run(self) -> None:
         """Let the teacher answer first, as the others are compared on its completions; then each student."""

@@ -33,7 +33,7 @@ from opd_daemon.errors import OUT_OF_MEMORY_SIGNS, OpdError, Reason
 from opd_daemon.home import RunFolders
 from opd_daemon.memory_limit import lift_memory_limit
 from opd_daemon.trainer import DivergenceInfo, Reporter, Teacher, TrainContext, TrainerInfo
-from opd_daemon.vocabulary import compare_vocabularies, load_vocabulary
+from opd_daemon.vocabulary import compare_vocabularies, ids_below, load_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def run_trainer(
         tokenizer = load_tokenizer_of(Path(config.base_model_path))
         journal = Journal(reporter, folders, tokenizer.decode)
         unshared = unshared_ids(config, journal.log)
-        masked = tuple(index for index in unshared if index < teacher.info.vocab_size)
+        masked = ids_below(unshared, teacher.info.vocab_size)
         prompts = read_prompts(config, tokenizer, teacher, journal)
         say_support(config, trainer, journal)
         if config.precompute:

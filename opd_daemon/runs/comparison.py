@@ -27,7 +27,7 @@ from opd_daemon.teacher.speculative import Speculated, Speculation, check_draft
 from opd_daemon.teacher.tokenizer import TextTokenizer
 from opd_daemon.textstream import TextStream
 from opd_daemon.types import ComparisonRequest, ModelAnswer, ModelSummary, Run
-from opd_daemon.vocabulary import compare_vocabularies, load_vocabulary
+from opd_daemon.vocabulary import compare_vocabularies, ids_below, load_vocabulary
 
 COMMAND = (sys.executable, "-m", "opd_daemon.runs.compare_main")
 QUEUED_ANSWERS = 1000
@@ -278,7 +278,7 @@ def _masked_ids(config: RunConfig, teacher_size: int) -> tuple[int, ...]:
     """Ids that the teacher says neither here nor in the run, as only one of the two tokenizers knows them; blocks."""
     folders = (Path(config.teacher_model_path), Path(config.base_model_path))
     match = compare_vocabularies(*map(load_vocabulary, folders))
-    return tuple(index for index in match.unshared if index < teacher_size)
+    return ids_below(match.unshared, teacher_size)
 
 
 def _speculative_summary(measured: Speculated, teacher_bytes: int, teacher_speed: float | None) -> ModelSummary:
