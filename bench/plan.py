@@ -29,6 +29,8 @@ from tests.tiny import write_tiny_qwen2
 
 SAMPLE_SECONDS = 0.02
 AIM = 0.1
+# Phases of a plan, and what step metrics call them.
+PHASES = {"rollout": "rollout", "score": "teacher", "train": "student"}
 
 # Temperature 1 and no EOS in sight: completions are as long as planned.
 COMMON: dict[str, Any] = {"learning_rate": 1e-4, "warmup_steps": 1, "checkpoint_every": 1000, "eval_every": 1000}
@@ -142,10 +144,10 @@ def main() -> None:
         values |= {"base_model_path": str(student), "teacher_model_path": str(teacher)}
         values = {**(REAL if "smollm2" in name else COMMON), **prompts(name, arguments.folder), **values}
         with TemporaryDirectory() as home:  # a daemon that knows nothing of this machine, with an empty cache
-            plan, run, peaks = plan_and_run(values, Path(home))
-        print(row(name, plan, run, peaks), flush=True)
+            plan, done = plan_and_run(values, Path(home))
+        print(row(name, plan, done), flush=True)
         if arguments.parts:
-            show_parts(plan, run, peaks)
+            show_parts(plan, done)
 
 
 def models(kind: str, folder: Path) -> tuple[Path, Path]:
@@ -179,8 +181,17 @@ def prompts(name: str, folder: Path) -> dict[str, str]:
     return {"prompts_path": str(file)}
 
 
-def plan_and_run(values: dict[str, Any], home: Path) -> tuple[Plan, Run, Peaks]:
-    """The plan, the finished run and what it took of memory."""
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished run: seconds in all and by phase, and the peaks of memory."""
+
+    seconds: float
+    phases: dict[str, float]
+    peaks: Peaks
+
+
+def plan_and_run(values: dict[str, Any], home: Path) -> tuple[Plan, Done]:
+    """The plan, and what the run took."""
     with LocalDaemon(Home(home)) as daemon, daemon.client() as client:
         planned, _ = client.create_run(values, validate_only=True)
         assert planned.plan is not None
@@ -188,7 +199,17 @@ def plan_and_run(values: dict[str, Any], home: Path) -> tuple[Plan, Run, Peaks]:
         watcher = Watcher(process)
         watcher.start()
         run = finished(client, values)
-        return planned.plan, run, watcher.stop()
+        peaks = watcher.stop()
+        steps, evaluations, _ = client.metrics(run.run_id)
+    assert run.started_at is not None
+    assert run.finished_at is not None
+    return planned.plan, Done((run.finished_at - run.started_at).total_seconds(), phases(steps, evaluations), peaks)
+
+
+def phases(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds the run says its phases took."""
+    found = {phase: sum(step[f"{name}_milliseconds"] for step in steps) / 1000 for phase, name in PHASES.items()}
+    return {**found, "evaluate": sum(evaluation["seconds"] for evaluation in evaluations)}
 
 
 def finished(client: Client, values: dict[str, Any]) -> Run:
@@ -203,24 +224,28 @@ def finished(client: Client, values: dict[str, Any]) -> Run:
     return run
 
 
-def row(name: str, plan: Plan, run: Run, peaks: Peaks) -> str:
+def row(name: str, plan: Plan, done: Done) -> str:
     """One line of the table."""
-    assert run.started_at is not None
-    assert run.finished_at is not None
-    seconds = (run.finished_at - run.started_at).total_seconds()
-    time_ratio, memory_ratio = plan.seconds / seconds, plan.peak_bytes / peaks.whole
-    numbers = f"{plan.seconds:10.1f} {seconds:10.1f} {time_ratio:6.2f} {plan.peak_bytes / 1e6:10.0f}"
+    time_ratio, memory_ratio = plan.seconds / done.seconds, plan.peak_bytes / done.peaks.whole
+    numbers = f"{plan.seconds:10.1f} {done.seconds:10.1f} {time_ratio:6.2f} {plan.peak_bytes / 1e6:10.0f}"
     marks = "".join("." if abs(ratio - 1) <= AIM else "!" for ratio in (time_ratio, memory_ratio))
-    return f"{name:30} {numbers} {peaks.whole / 1e6:10.0f} {memory_ratio:6.2f} {marks}"
+    return f"{name:30} {numbers} {done.peaks.whole / 1e6:10.0f} {memory_ratio:6.2f} {marks}"
 
 
-def show_parts(plan: Plan, run: Run, peaks: Peaks) -> None:
-    """What the plan is made of."""
-    print("   ", ", ".join(f"{name} {seconds:.1f}" for name, seconds in plan.phases), "calibrated", plan.calibrated)
-    print("    measured daemon", peaks.daemon // 10**6, "worker", peaks.worker // 10**6, end="; planned ")
-    print(plan.daemon_peak_bytes // 10**6, plan.worker_peak_bytes // 10**6)
+def show_parts(plan: Plan, done: Done) -> None:
+    """What the plan is made of, beside what was measured."""
+    planned = dict(plan.phases)
+    for phase, seconds in done.phases.items():
+        print(f"    {phase:26} {planned.pop(phase, 0.0):10.1f} {seconds:10.1f}")
+    print(
+        f"    {' + '.join(planned):26} {sum(planned.values()):10.1f} {done.seconds - sum(done.phases.values()):10.1f}"
+    )
+    for process, ours, peak in (
+        ("daemon", plan.daemon_peak_bytes, done.peaks.daemon),
+        ("worker", plan.worker_peak_bytes, done.peaks.worker),
+    ):
+        print(f"    {process:55} {ours / 1e6:10.0f} {peak / 1e6:10.0f}")
     print("   ", ", ".join(f"{part.process}/{part.name} {part.bytes / 1e6:.0f}" for part in plan.memory))
-    print("   ", {name: round(value, 3) for name, value in run.latest_metrics.items() if "milliseconds" in name})
 
 
 if __name__ == "__main__":

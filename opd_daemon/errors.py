@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 DOMAIN = "opd"
+# Metadata of an error that passes by itself: milliseconds after which trying again is worth it.
+RETRY_AFTER = "retry_after_milliseconds"
 
 # How MLX (on Metal and on CPU), the C++ runtime, OpenBLAS and Python say that there is no memory.
 OUT_OF_MEMORY_SIGNS = re.compile(

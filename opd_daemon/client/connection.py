@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -90,10 +91,11 @@ class TokenInterceptor(
     grpc.StreamUnaryClientInterceptor,
     grpc.StreamStreamClientInterceptor,
 ):
-    """Adds the token to every call of a channel, also to those made with stubs directly."""
+    """Adds the token, and a name of its own, to every call of a channel, also to those made with stubs directly."""
 
     def __init__(self, token: str) -> None:
-        self._header = ("authorization", f"Bearer {token}")
+        # All connections over a unix socket look the same to the daemon, which lets clients take turns.
+        self._headers = (("authorization", f"Bearer {token}"), ("opd-client", uuid.uuid4().hex))
 
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
         """Make the call, with the token."""
@@ -112,7 +114,7 @@ class TokenInterceptor(
         return continuation(self._with_token(client_call_details), request_iterator)
 
     def _with_token(self, details: Any) -> _CallDetails:
-        metadata = [*(details.metadata or ()), self._header]
+        metadata = [*(details.metadata or ()), *self._headers]
         return _CallDetails(
             details.method,
             details.timeout,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from opd_daemon.client.connection import Connection
-from opd_daemon.errors import OpdError, Reason
+from opd_daemon.errors import RETRY_AFTER, OpdError, Reason
 from opd_daemon.trainer import TeacherHead
 from opd_daemon.types import CachedScores, GeneratedToken, GenerateRequest, ScoreRequest, TeacherInfo
 from opd_daemon.v1 import teacher_pb2 as pb
@@ -25,7 +25,8 @@ REQUEST_BYTES = 8 << 20
 
 BUSY = frozenset({Reason.QUEUE_FULL, Reason.TEACHER_LOADING})
 BUSY_PATIENCE = 600.0
-BUSY_DELAY = 0.5
+# Without a word of the daemon's; and the longest before looking again whatever it says.
+BUSY_DELAY, LONGEST_DELAY = 0.5, 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,4 +226,5 @@ def patiently(call: Callable[[], T]) -> T:
         except OpdError as error:
             if error.reason not in BUSY or time.monotonic() > deadline:
                 raise
-        time.sleep(BUSY_DELAY)
+            hint = error.metadata.get(RETRY_AFTER)
+        time.sleep(min(int(hint) / 1000, LONGEST_DELAY) if hint else BUSY_DELAY)

@@ -21,6 +21,9 @@ from opd_daemon.v1 import teacher_pb2 as pb
 from opd_daemon.v1 import teacher_pb2_grpc as rpc
 from opd_daemon.wire import teacher as wire
 
+CLIENT_HEADER = "opd-client"
+MOST_OF_A_NAME = 64
+
 
 class TeacherServicer(rpc.TeacherServiceServicer):
     """Thin layer over `teacher.service.TeacherService`; `users` names the live runs that need the present teacher."""
@@ -70,7 +73,7 @@ class TeacherServicer(rpc.TeacherServiceServicer):
         results = self._teacher.score(
             requests,
             teacher=info,
-            client=run_id or context.peer(),
+            client=_client(context),
             use_cache=not request.skip_cache,
             apart=bool(run_id),  # a run resumes to the bit, whoever else asked the teacher meanwhile
             deadline=_deadline(context),
@@ -99,7 +102,7 @@ class TeacherServicer(rpc.TeacherServiceServicer):
         tokens = self._teacher.generate(
             requests,
             teacher=info,
-            client=caller.get().run_id or context.peer(),
+            client=_client(context),
             use_cache=not request.skip_cache,
         )
         async with aclosing(tokens):
@@ -175,6 +178,12 @@ def _render(tokenizer: TextTokenizer, chat: pb.Chat, name: str) -> Sequence[int]
         raise invalid(f"{name}.messages", "none given; a chat has at least one message")
     messages = [{"role": entry.role, "content": entry.content} for entry in chat.messages]
     return tokenizer.render_chat(messages, chat.add_generation_prompt)
+
+
+def _client(context: Context) -> str:
+    """With whom this call shares a turn: its run, the name it gives itself, or its connection."""
+    named = dict(context.invocation_metadata() or ()).get(CLIENT_HEADER, "")
+    return caller.get().run_id or str(named)[:MOST_OF_A_NAME] or str(context.peer())
 
 
 def _deadline(context: Context) -> float | None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Generic, TypeVar
 
 from opd_daemon.errors import OpdError
+from opd_daemon.teacher.fair_queue import SCANNED_ITEMS, FairQueue
 from opd_daemon.teacher.sharing import WORTH, common_prefix, saving
 from opd_daemon.types import GeneratedToken, GenerateRequest, ScoreRequest, Scores
 
 # Sequences this close in length share a batch; short ones don't waste much whatever they are padded to.
 LENGTH_SPREAD = 0.25
 LENGTH_SLACK = 32
-SCANNED_ITEMS = 512
 # A shorter beginning is not looked for.
 LEAST_PREFIX = 8
 
@@ -61,70 +61,50 @@ class GenerationItem:
         return len(self.request.prompt_ids) + self.request.max_tokens
 
 
-Item = TypeVar("Item", ScoreItem, GenerationItem)
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Tokens of one forward pass: `alone`, and `contended` while several clients want the teacher."""
+
+    alone: int
+    contended: int
 
 
-class FairQueue(Generic[Item]):
-    """Waiting items: clients take turns, each client's oldest item goes first."""
+def next_batch(queue: FairQueue[ScoreItem], budget: Budget, *, shares: bool) -> list[ScoreItem]:
+    """The item that is due and others that go well with it, within the budget of tokens in one forward pass.
 
-    def __init__(self) -> None:
-        # Dictionaries serve as ordered sets: an item leaves the middle at once when it is cancelled.
-        self._clients: dict[str, dict[Item, None]] = {}
-        self.tokens = 0
-
-    def __bool__(self) -> bool:
-        return bool(self._clients)
-
-    def add(self, item: Item) -> None:
-        """Append to the end of its client's line."""
-        self._clients.setdefault(item.client, {})[item] = None
-        self.tokens += item.tokens
-
-    def discard(self, item: Item) -> None:
-        """Take one item out, if it still waits."""
-        waiting = self._clients.get(item.client, {})
-        if item in waiting:
-            del waiting[item]
-            self.tokens -= item.tokens
-            if not waiting:
-                del self._clients[item.client]
-
-    def in_turn(self) -> Iterator[Item]:
-        """All items in the order in which they are due."""
-        lines = [iter(tuple(islice(waiting, SCANNED_ITEMS))) for waiting in self._clients.values()]
-        while lines:
-            still = []
-            for line in lines:
-                for item in islice(line, 1):
-                    still.append(line)
-                    yield item
-            lines = still
-
-    def take(self, items: Iterable[Item]) -> None:
-        """Remove chosen items; the client of the first one goes to the back of the turn."""
-        chosen = list(items)
-        for item in chosen:
-            self.discard(item)
-        if chosen and chosen[0].client in self._clients:
-            self._clients[chosen[0].client] = self._clients.pop(chosen[0].client)
-
-    def drain(self) -> list[Item]:
-        """Remove and return everything."""
-        items = [item for waiting in self._clients.values() for item in waiting]
-        self._clients.clear()
-        self.tokens = 0
-        return items
-
-
-def next_batch(queue: FairQueue[ScoreItem], token_budget: int, *, shares: bool) -> list[ScoreItem]:
-    """The item that is due and others that go well with it, at most `token_budget` tokens in one forward pass.
+    While several clients want the teacher, passes are short, and who has more waiting than one of them takes doesn't
+    ride along in those of others: so a flood costs another client one short pass of waiting. Passes of items that are
+    computed apart stay as they are, for what is in one decides the last bits of its results.
 
     shares: whether the model can compute what they all begin with once; then those that save most of the work that way
     come together. Else they are of about one length, as they are padded to it.
     """
     items = list(islice(queue.in_turn(), SCANNED_ITEMS))
     items = [item for item in items if item.together is items[0].together]
-    return (_sharing(items, token_budget) if shares else []) or _alike(items, token_budget)
+    tokens = budget.alone
+    if items and items[0].together is None and queue.contended:
+        tokens, own = budget.contended, items[0].client
+        items = [item for item in items if item.client == own or queue.tokens_of(item.client) <= tokens]
+    return (_sharing(items, tokens) if shares else []) or _alike(items, tokens)
+
+
+def joining(
+    queue: FairQueue[GenerationItem], decoding: Iterable[GenerationItem], *, most: int, most_of_one: int
+) -> list[GenerationItem]:
+    """Prompts that may join those `decoding`, in turn: at most `most` at once, `most_of_one` of any one client.
+
+    So there is room at once for a client that comes while another has filled its share.
+    """
+    held = Counter(item.client for item in decoding)
+    room = most - held.total()
+    chosen: list[GenerationItem] = []
+    for item in queue.in_turn():
+        if len(chosen) >= room:
+            break
+        if held[item.client] < most_of_one:
+            held[item.client] += 1
+            chosen.append(item)
+    return chosen
 
 
 def _alike(items: list[ScoreItem], token_budget: int) -> list[ScoreItem]:

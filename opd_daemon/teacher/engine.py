@@ -10,27 +10,31 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from itertools import islice
 from typing import Any, NoReturn, TypeVar
 
 import mlx.core as mx
 
 from opd_daemon.errors import OpdError, Reason
-from opd_daemon.teacher.batching import FairQueue, GenerationItem, Item, RunningBatch, ScoreItem, next_batch
+from opd_daemon.teacher.batching import Budget, GenerationItem, RunningBatch, ScoreItem, next_batch
+from opd_daemon.teacher.fair_queue import FairQueue, Item
 from opd_daemon.teacher.generation import Generation
 from opd_daemon.teacher.loading import LoadedModel, free_memory, is_out_of_memory, out_of_memory, wire
+from opd_daemon.teacher.pace import Pace
 from opd_daemon.teacher.scoring import score_batch
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# A client with less than this part of the queue may add to it when others have filled it.
+SHARES = 8
+
 
 class Engine:
     """Public methods may be called from any thread; everything private runs on the engine's own."""
 
     def __init__(self, *, token_budget: int, piece: int, max_queue_tokens: int, buffer_bytes: int) -> None:
-        self._token_budget = token_budget
+        self._budget = Budget(token_budget, min(token_budget, piece))
         self._piece = piece
         self._max_queue_tokens = max_queue_tokens
         self._buffer_bytes = buffer_bytes
@@ -44,6 +48,7 @@ class Engine:
         self._loaded: LoadedModel | None = None
         self._digest = ""
         self._scoring_seconds = self._generating_seconds = 0.0
+        self._pace = Pace()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="teacher-engine", daemon=True)
 
@@ -142,17 +147,27 @@ class Engine:
                 raise _shutting_down()
             if digest != self._digest:
                 raise _changed()
-            waiting = self.queued_tokens
-            if waiting and waiting + tokens > self._max_queue_tokens:
-                raise OpdError(
-                    Reason.QUEUE_FULL,
-                    f"{waiting} tokens wait for the teacher already (limit {self._max_queue_tokens}); try again later",
-                    queued_tokens=waiting,
-                    limit=self._max_queue_tokens,
-                )
+            if items:
+                self._require_room(items[0].client, tokens)
             for item in items:
                 queue.add(item)
             self._wake.notify()
+
+    def _require_room(self, client: str, tokens: int) -> None:
+        """Refuse work that would make the queue too long, unless it is little of a client that has little there."""
+        waiting, limit = self.queued_tokens, self._max_queue_tokens
+        own = self._scores.tokens_of(client) + self._generations.tokens_of(client)
+        within_share = own + tokens <= limit // SHARES and waiting + tokens <= 2 * limit
+        if not waiting or waiting + tokens <= limit or within_share:
+            return
+        seconds = self._pace.seconds(waiting + tokens - limit)
+        raise OpdError(
+            Reason.QUEUE_FULL,
+            f"{waiting} tokens wait for the teacher already (limit {limit}); try again in {seconds:.1f} s",
+            queued_tokens=waiting,
+            limit=limit,
+            retry_after_milliseconds=round(1000 * seconds),
+        )
 
     def _run(self) -> None:
         mx.set_cache_limit(self._buffer_bytes)
@@ -203,6 +218,7 @@ class Engine:
         except StopIteration as end:
             self._batch = None
             batch.seconds += time.perf_counter() - started
+            self._pace.measured(sum(item.tokens for item in batch.items), batch.seconds)
             for item, result, share in zip(batch.items, end.value, batch.shares(), strict=True):
                 item.deliver(result, share)
         except Exception as error:  # noqa: BLE001 - one batch fails, the engine goes on
@@ -219,7 +235,7 @@ class Engine:
                 self._scores.take(expired)
                 _refuse_expired(expired)
                 shares = self._loaded is not None and self._loaded.shares_prefixes
-                items = next_batch(self._scores, self._token_budget, shares=shares)
+                items = next_batch(self._scores, self._budget, shares=shares)
                 self._scores.take(items)
         if not items or self._loaded is None:
             return None
@@ -238,7 +254,7 @@ class Engine:
         if self._generation is None:
             return
         with self._wake:
-            joining = list(islice(self._generations.in_turn(), self._generation.free))
+            joining = self._generation.joining(self._generations)
             self._generations.take(joining)
         try:
             if joining:

@@ -13,12 +13,15 @@ import numpy as np
 
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.teacher import mlxlm
-from opd_daemon.teacher.batching import GenerationItem
+from opd_daemon.teacher.batching import GenerationItem, joining
 from opd_daemon.teacher.distribution import describe
+from opd_daemon.teacher.fair_queue import FairQueue
 from opd_daemon.teacher.loading import LoadedModel
 from opd_daemon.types import GeneratedToken, GenerateRequest, ScoreWants
 
-DECODING_SEQUENCES = 32
+# At once, and of one client: the rest is kept for whoever comes while one has taken all it may.
+DECODING_SEQUENCES = 36
+SEQUENCES_OF_ONE_CLIENT = 32
 PREFILL_SEQUENCES = 8
 
 Sampler = Callable[[mx.array], mx.array]
@@ -36,10 +39,10 @@ class Generation:
     def __len__(self) -> int:
         return len(self._active)
 
-    @property
-    def free(self) -> int:
-        """How many more sequences may join."""
-        return DECODING_SEQUENCES - len(self._active)
+    def joining(self, waiting: FairQueue[GenerationItem]) -> list[GenerationItem]:
+        """Which of the waiting prompts may join now."""
+        working = self._active.values()
+        return joining(waiting, working, most=DECODING_SEQUENCES, most_of_one=SEQUENCES_OF_ONE_CLIENT)
 
     @cached_property
     def _batches(self) -> Any:

@@ -5,6 +5,8 @@ The resident teacher: load it once, ask it for logprobs and completions, fetch i
 
 Conventions of this contract, all files:
   * Every call needs the header `authorization: Bearer <token>`; the token is in the daemon's discovery file.
+  * A client may name itself in the header `opd-client` (at most 64 ASCII characters, anything that others won't choose).
+    Calls of one name share one turn at the teacher; without it those of one connection do, and all over the unix socket.
   * Arrays travel as packed little-endian bytes, row-major, never as repeated numbers: read them with one buffer view.
     The comment of each field gives element type and shape.
   * Logprobs are natural logarithms, float32. A temperature of 1 is meant unless one is named.
@@ -12,6 +14,7 @@ Conventions of this contract, all files:
   * A response wraps its resource (GetRunResponse has a Run) so that it can grow; enum values carry their enum's name.
   * Errors: a gRPC code, google.rpc.ErrorInfo with domain "opd" and a stable reason, and, for bad input,
     google.rpc.BadRequest with one violation per fault. UNAVAILABLE means exactly: nothing happened, try again.
+    google.rpc.RetryInfo says when, where the daemon knows (QUEUE_FULL).
 """
 
 from collections import abc as _abc

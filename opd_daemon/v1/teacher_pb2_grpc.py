@@ -130,7 +130,8 @@ class TeacherServiceServicer(object):
 
         Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected
         digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …
-        RESOURCE_EXHAUSTED/QUEUE_FULL: too much work is waiting; nothing was queued. FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED.
+        RESOURCE_EXHAUSTED/QUEUE_FULL: too much work is waiting; nothing was queued, and RetryInfo says when to try again. A
+        client with little waiting is still let in when others have filled the queue. FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED.
         DATA_LOSS/NOT_A_NUMBER: the model produced NaN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

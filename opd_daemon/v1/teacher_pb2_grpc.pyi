@@ -5,6 +5,8 @@ The resident teacher: load it once, ask it for logprobs and completions, fetch i
 
 Conventions of this contract, all files:
   * Every call needs the header `authorization: Bearer <token>`; the token is in the daemon's discovery file.
+  * A client may name itself in the header `opd-client` (at most 64 ASCII characters, anything that others won't choose).
+    Calls of one name share one turn at the teacher; without it those of one connection do, and all over the unix socket.
   * Arrays travel as packed little-endian bytes, row-major, never as repeated numbers: read them with one buffer view.
     The comment of each field gives element type and shape.
   * Logprobs are natural logarithms, float32. A temperature of 1 is meant unless one is named.
@@ -12,6 +14,7 @@ Conventions of this contract, all files:
   * A response wraps its resource (GetRunResponse has a Run) so that it can grow; enum values carry their enum's name.
   * Errors: a gRPC code, google.rpc.ErrorInfo with domain "opd" and a stable reason, and, for bad input,
     google.rpc.BadRequest with one violation per fault. UNAVAILABLE means exactly: nothing happened, try again.
+    google.rpc.RetryInfo says when, where the daemon knows (QUEUE_FULL).
 """
 
 from collections import abc as _abc
@@ -75,7 +78,8 @@ class TeacherServiceStub:
 
     Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected
     digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …
-    RESOURCE_EXHAUSTED/QUEUE_FULL: too much work is waiting; nothing was queued. FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED.
+    RESOURCE_EXHAUSTED/QUEUE_FULL: too much work is waiting; nothing was queued, and RetryInfo says when to try again. A
+    client with little waiting is still let in when others have filled the queue. FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED.
     DATA_LOSS/NOT_A_NUMBER: the model produced NaN.
     """
     Generate: _grpc.UnaryStreamMultiCallable[_teacher_pb2.GenerateRequest, _teacher_pb2.GenerateResponse]
@@ -134,7 +138,8 @@ class TeacherServiceAsyncStub(TeacherServiceStub):
 
     Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected
     digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …
-    RESOURCE_EXHAUSTED/QUEUE_FULL: too much work is waiting; nothing was queued. FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED.
+    RESOURCE_EXHAUSTED/QUEUE_FULL: too much work is waiting; nothing was queued, and RetryInfo says when to try again. A
+    client with little waiting is still let in when others have filled the queue. FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED.
     DATA_LOSS/NOT_A_NUMBER: the model produced NaN.
     """
     Generate: _aio.UnaryStreamMultiCallable[_teacher_pb2.GenerateRequest, _teacher_pb2.GenerateResponse]  # type: ignore[assignment]
@@ -214,7 +219,8 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected
         digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …
-        RESOURCE_EXHAUSTED/QUEUE_FULL: too much work is waiting; nothing was queued. FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED.
+        RESOURCE_EXHAUSTED/QUEUE_FULL: too much work is waiting; nothing was queued, and RetryInfo says when to try again. A
+        client with little waiting is still let in when others have filled the queue. FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED.
         DATA_LOSS/NOT_A_NUMBER: the model produced NaN.
         """
 

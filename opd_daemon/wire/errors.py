@@ -1,4 +1,4 @@
-"""Errors on the wire: `OpdError` ↔ `google.rpc.Status` with ErrorInfo and BadRequest."""
+"""Errors on the wire: `OpdError` ↔ `google.rpc.Status` with ErrorInfo, BadRequest and RetryInfo."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from opd_daemon.errors import DOMAIN, FieldViolation, OpdError, Reason
+from opd_daemon.errors import DOMAIN, RETRY_AFTER, FieldViolation, OpdError, Reason
 
 # In bytes. The details travel in a header, and gRPC drops answers whose headers exceed 8 KiB (some of them) or 16 KiB
 # (all): long lists of faults are cut, with a word. The message travels twice, once with up to three bytes for each.
@@ -29,10 +29,14 @@ _REASON_OF_BARE_CODE = {
 
 
 def to_status(error: OpdError) -> status_pb2.Status:
-    """The status of an error: code, one-line message, ErrorInfo always, BadRequest when there are field violations."""
+    """The status of an error: code, one-line message, ErrorInfo always, BadRequest and RetryInfo with cause."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_short(error.metadata))
     code = code_pb2.Code.Value(error.code)
     status = status_pb2.Status(code=code, message=_clipped(error.message, MAX_MESSAGE), details=[_packed(info)])
+    if RETRY_AFTER in error.metadata:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(int(error.metadata[RETRY_AFTER]))
+        status.details.append(_packed(retry))
     if error.violations:
         status.details.append(_packed(_bad_request(error.violations, MAX_STATUS - status.ByteSize())))
     return status
@@ -92,7 +96,9 @@ def _clipped(text: str, limit: int) -> str:
     return text if len(data) <= limit else data[: limit - 3].decode("utf-8", "ignore") + "…"
 
 
-def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest) -> any_pb2.Any:
+def _packed(
+    message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo,
+) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed

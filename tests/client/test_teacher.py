@@ -147,3 +147,17 @@ def test_after_unloading_the_cache_answers_and_says_what_it_lacks(client: Client
     with pytest.raises(OpdError, match="1 of 2 sequences are not in the cache") as caught:
         remote.score([asked[0], ScoreRequest(np.array([9, 8, 7, 6], np.int32), 1, asked[0].wants)])
     assert caught.value.reason is Reason.TEACHER_NOT_LOADED
+
+
+def test_a_full_queue_is_asked_again_when_the_daemon_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(teacher.time, "sleep", slept.append)
+    outcomes = [OpdError(Reason.QUEUE_FULL, "full", retry_after_milliseconds=wait) for wait in (1_250, 90_000)]
+
+    def call() -> str:
+        if outcomes:
+            raise outcomes.pop(0)
+        return "answer"
+
+    assert teacher.patiently(call) == "answer"
+    assert slept == [1.25, teacher.LONGEST_DELAY]

@@ -205,7 +205,7 @@ def test_plans_know_the_limits_the_daemon_and_the_worker_keep() -> None:
     assert limits["piece"].default == footprint.SCORED_PIECE
     assert limits["buffer_bytes"].default == footprint.DAEMON_CACHE_BYTES
     assert scoring.CHUNK_BYTES == footprint.DAEMON_CHUNK_BYTES
-    assert generation.DECODING_SEQUENCES == workload.TEACHER_DECODES
+    assert generation.SEQUENCES_OF_ONE_CLIENT == workload.TEACHER_DECODES
     assert generation.PREFILL_SEQUENCES == footprint.JOINING
     assert evaluation.SHOWN_ANSWERS == workload.SHOWN_ANSWERS
     assert live_preflight.COMPLETIONS == workload.CHECKED

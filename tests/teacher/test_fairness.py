@@ -1,0 +1,157 @@
+"""Who goes first at the teacher, and who is let in: a flood from one client never shuts out another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opd_daemon.errors import RETRY_AFTER, OpdError, Reason
+from opd_daemon.teacher import fair_queue
+from opd_daemon.teacher.batching import Budget, GenerationItem, ScoreItem, joining, next_batch
+from opd_daemon.teacher.engine import SHARES, Engine
+from opd_daemon.teacher.fair_queue import FairQueue
+from opd_daemon.teacher.pace import LONGEST_SECONDS, SHORTEST_SECONDS, Pace
+from opd_daemon.types import GenerateRequest, ScoreRequest
+
+BUDGET = Budget(alone=800, contended=200)
+
+
+def nowhere(*_: Any) -> None:
+    """Takes what nobody reads."""
+
+
+def score_item(client: str, tokens: int = 100, together: object = None) -> ScoreItem:
+    return ScoreItem(ScoreRequest(np.arange(tokens, dtype=np.int32), 1), client, nowhere, None, together)
+
+
+def prompt_item(client: str) -> GenerationItem:
+    return GenerationItem(GenerateRequest((1, 2), max_tokens=8), client, nowhere)
+
+
+def queue_of(*items: ScoreItem) -> FairQueue[ScoreItem]:
+    queue: FairQueue[ScoreItem] = FairQueue()
+    for item in items:
+        queue.add(item)
+    return queue
+
+
+def clients_of(items: list[ScoreItem]) -> list[str]:
+    return [item.client for item in items]
+
+
+def test_one_client_alone_gets_whole_passes() -> None:
+    queue = queue_of(*(score_item("flood") for _ in range(50)))
+    assert len(next_batch(queue, BUDGET, shares=False)) == 8
+
+
+def test_a_flood_gets_short_passes_while_another_client_waits_or_may_come_back() -> None:
+    small = score_item("small")
+    queue = queue_of(small, *(score_item("flood") for _ in range(50)))
+    queue.discard(small)
+    assert clients_of(next_batch(queue, BUDGET, shares=False)) == ["flood", "flood"]
+
+
+def test_a_client_that_has_not_come_for_a_while_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = score_item("small")
+    queue = queue_of(small, *(score_item("flood") for _ in range(50)))
+    queue.discard(small)
+    now = fair_queue.time.monotonic()
+    monkeypatch.setattr(fair_queue.time, "monotonic", lambda: now + 2 * fair_queue.LATELY_SECONDS)
+    assert len(next_batch(queue, BUDGET, shares=False)) == 8
+
+
+def test_a_flood_does_not_ride_along_with_a_small_call() -> None:
+    queue = queue_of(score_item("small"), *(score_item("flood") for _ in range(50)))
+    assert clients_of(next_batch(queue, BUDGET, shares=False)) == ["small"]
+
+
+def test_small_clients_ride_along_with_each_other_and_with_a_flood() -> None:
+    queue = queue_of(*(score_item("flood", 20) for _ in range(50)), *(score_item(f"small{n}", 20) for n in range(4)))
+    batch = next_batch(queue, BUDGET, shares=False)
+    assert sorted(set(clients_of(batch))) == ["flood", "small0", "small1", "small2", "small3"]
+    queue.take([item for item in batch if item.client == "flood"])
+    assert set(clients_of(next_batch(queue, BUDGET, shares=False))) == {"small0", "small1", "small2", "small3"}
+
+
+def test_what_a_run_has_computed_apart_comes_in_the_same_passes_whoever_waits() -> None:
+    call = object()
+    items = [score_item("run", together=call) for _ in range(10)]
+    alone = next_batch(queue_of(*items), BUDGET, shares=False)
+    assert next_batch(queue_of(*items, score_item("small")), BUDGET, shares=False) == alone == items[:8]
+
+
+def test_clients_take_turns_pass_by_pass() -> None:
+    queue = queue_of(*(score_item("flood") for _ in range(6)), *(score_item("other") for _ in range(6)))
+    turns = []
+    while queue:
+        batch = next_batch(queue, BUDGET, shares=False)
+        queue.take(batch)
+        turns.append(batch[0].client)
+    assert turns[:4] == ["flood", "other"] * 2
+
+
+def test_many_prompts_of_one_client_leave_room_for_another() -> None:
+    queue: FairQueue[GenerationItem] = FairQueue()
+    for _ in range(9):
+        queue.add(prompt_item("flood"))
+    decoding = joining(queue, [], most=8, most_of_one=6)
+    assert [item.client for item in decoding] == ["flood"] * 6
+    queue.take(decoding)
+    queue.add(prompt_item("small"))
+    assert [item.client for item in joining(queue, decoding, most=8, most_of_one=6)] == ["small"]
+
+
+def test_no_more_prompts_join_than_there_is_room_for() -> None:
+    queue: FairQueue[GenerationItem] = FairQueue()
+    for number in range(20):
+        queue.add(prompt_item(f"client{number % 4}"))
+    assert len(joining(queue, [prompt_item("old")], most=8, most_of_one=6)) == 7
+
+
+class TestAFullQueue:
+    LIMIT = 1000 * SHARES
+
+    @pytest.fixture
+    def engine(self) -> Engine:
+        """One whose thread isn't started, so that everything waits, filled by one client."""
+        engine = Engine(token_budget=2048, piece=512, max_queue_tokens=self.LIMIT, buffer_bytes=0)
+        engine._digest = "digest"  # as if a model were loaded
+        engine.score("digest", [score_item("flood", self.LIMIT)])
+        return engine
+
+    def test_refuses_who_filled_it_and_says_when_to_come_back(self, engine: Engine) -> None:
+        with pytest.raises(OpdError) as caught:
+            engine.score("digest", [score_item("flood", 500)])
+        assert caught.value.reason is Reason.QUEUE_FULL
+        assert int(caught.value.metadata[RETRY_AFTER]) >= 1000 * SHORTEST_SECONDS
+        assert engine.queued_tokens == self.LIMIT
+
+    def test_lets_in_a_client_that_has_little_there(self, engine: Engine) -> None:
+        engine.score("digest", [score_item("small", 600)])
+        engine.generate("digest", [prompt_item("small")])
+        with pytest.raises(OpdError, match="try again"):
+            engine.score("digest", [score_item("small", 600)])
+
+    def test_is_never_more_than_twice_as_long(self, engine: Engine) -> None:
+        for number in range(SHARES):
+            engine.score("digest", [score_item(f"client{number}", 1000)])
+        with pytest.raises(OpdError, match="try again"):
+            engine.score("digest", [score_item("one more", 1000)])
+        assert engine.queued_tokens == 2 * self.LIMIT
+
+    def test_forgets_what_was_cancelled(self, engine: Engine) -> None:
+        item = score_item("small", 1000)
+        engine.score("digest", [item])
+        engine.cancel([item])
+        engine.score("digest", [score_item("small", 1000)])
+
+
+def test_the_wait_follows_from_the_measured_pace() -> None:
+    pace = Pace()
+    for _ in range(60):
+        pace.measured(1000, 0.5)
+    assert pace.seconds(4000) == pytest.approx(2.0, rel=0.01)
+    assert pace.seconds(1) == SHORTEST_SECONDS
+    assert pace.seconds(10**9) == LONGEST_SECONDS
