@@ -73,8 +73,31 @@ def _show_version(wanted: bool) -> None:
 def opd(
     context: typer.Context,
     _version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
+    *,
+    address: str = typer.Option(
+        "", metavar="HOST:PORT", help="A daemon elsewhere.  [$OPD_ADDRESS]", show_default=False
+    ),
+    token_file: str = typer.Option("", metavar="FILE", help="Its token.  [$OPD_TOKEN_FILE]", show_default=False),
+    ca: str = typer.Option(
+        "", metavar="FILE", help="Who signs its certificate, as PEM.  [$OPD_CA]", show_default=False
+    ),
+    client_cert: str = typer.Option(
+        "", metavar="FILE", help="Our certificate, if it asks for one.  [$OPD_CLIENT_CERT]", show_default=False
+    ),
+    client_key: str = typer.Option("", metavar="FILE", help="Its key.  [$OPD_CLIENT_KEY]", show_default=False),
 ) -> None:
     """Show the help when no command is given."""
+    # Every command finds its daemon by the environment.
+    if token_file:
+        os.environ.pop("OPD_TOKEN", None)
+    given = {
+        "OPD_ADDRESS": address,
+        "OPD_TOKEN_FILE": token_file,
+        "OPD_CA": ca,
+        "OPD_CLIENT_CERT": client_cert,
+        "OPD_CLIENT_KEY": client_key,
+    }
+    os.environ.update({name: value for name, value in given.items() if value})
     if context.invoked_subcommand is None:
         output.show(context.get_help())
 

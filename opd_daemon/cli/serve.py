@@ -18,6 +18,19 @@ def serve(
     port: int = typer.Option(
         0, min=0, max=65_535, help="TCP port on 127.0.0.1 besides the unix socket; 0: any free one."
     ),
+    listen: str | None = typer.Option(
+        None, metavar="HOST:PORT", help="One more address to serve; other machines' need --tls-cert and --tls-key."
+    ),
+    tls_cert: Path | None = typer.Option(None, metavar="FILE", help="PEM certificate for --listen."),
+    tls_key: Path | None = typer.Option(None, metavar="FILE", help="Its PEM key."),
+    tls_client_ca: Path | None = typer.Option(
+        None, metavar="FILE", help="Only clients whose certificate this CA has signed may connect to --listen."
+    ),
+    token_file: Path | None = typer.Option(
+        None,
+        metavar="FILE",
+        help="Keep the token in this file; it is made if missing.  [default: a new one each start]",
+    ),
     teacher: str | None = typer.Option(None, metavar="PATH", help="Load this teacher at the start."),
     cache_limit: str = typer.Option("20GB", metavar="SIZE", help="Size the teacher cache may grow to."),
     max_runs: int = typer.Option(1, min=1, help="Runs that train at the same time; more of them wait."),
@@ -33,14 +46,22 @@ def serve(
     if log_level not in ("debug", "info", "warning", "error"):
         raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error", param_hint="--log-level")
     limit = text.parse_size(cache_limit, "--cache-limit")
+    if (tls_cert is None) != (tls_key is None):
+        raise typer.BadParameter("a certificate and its key go together", param_hint="--tls-cert and --tls-key")
+    if (tls_cert or tls_client_ca) and not (listen and tls_cert):
+        raise typer.BadParameter("TLS is for --listen, with --tls-cert and --tls-key", param_hint="--tls-…")
 
     from opd_daemon.home import Home
+    from opd_daemon.rpc.listening import Listener, ServerTls
     from opd_daemon.rpc.server import ServeSettings
     from opd_daemon.rpc.server import serve as serve_until_stopped
 
+    tls = ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None
     settings = ServeSettings(
         home=Home(home.expanduser().absolute()) if home else Home.default(),
         port=port,
+        listener=Listener.parse(listen, tls) if listen else None,
+        token_file=token_file.expanduser() if token_file else None,
         until_stdin_closes=until_stdin_closes,
         cache_limit_bytes=limit,
         teacher_path=model_argument(teacher) if teacher else None,

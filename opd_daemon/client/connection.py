@@ -8,13 +8,17 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc
 import psutil
 
+from opd_daemon.addresses import is_this_machine
+from opd_daemon.client.transport import ClientTls, open_channel
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.home import Home
+from opd_daemon.token_file import read_token
 from opd_daemon.wire.errors import from_rpc_error
 
 RETRY_DELAYS = (0.1, 0.2, 0.4, 0.8, 1.6)
@@ -23,32 +27,53 @@ CHANNEL_OPTIONS = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconn
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A daemon's address (`unix:/…` or `127.0.0.1:port`) and token; pid is 0 where the discovery file was not used."""
+    """A daemon's address (`unix:/…` or `host:port`) and token; pid is 0 where the discovery file was not used.
+
+    tls: what an encrypted connection needs; None for the plain ones, which never leave this machine.
+    """
 
     address: str
     token: str
     pid: int = 0
     store_id: str = ""
+    tls: ClientTls | None = None
+
+    @property
+    def remote(self) -> bool:
+        """Whether the daemon may be on another machine, where this one's paths mean nothing."""
+        return self.tls is not None
 
 
 def find_endpoint(home: Home, address: str | None = None, token: str | None = None) -> Endpoint:
-    """The daemon to talk to: the arguments, else `$OPD_ADDRESS` and `$OPD_TOKEN`, else the home's discovery file.
+    """The daemon to talk to: the arguments, else the environment, else the home's discovery file.
+
+    The environment is `$OPD_ADDRESS` with `$OPD_TOKEN`, or `$OPD_TOKEN_FILE`; see `ClientTls` for daemons elsewhere.
 
     Raises:
-        OpdError: DAEMON_NOT_RUNNING when nothing names a live daemon.
+        OpdError: DAEMON_NOT_RUNNING when nothing names a live daemon; WRONG_TOKEN for a token file that won't do.
     """
     address = address or os.environ.get("OPD_ADDRESS")
-    token = token or os.environ.get("OPD_TOKEN")
-    if token and not (token.isascii() and token.isprintable()):
-        raise OpdError(Reason.WRONG_TOKEN, "OPD_TOKEN holds characters no token has; read it again from daemon.json")
+    token = token or _token_of_environment()
     if address and token:
-        return Endpoint(address, token)
-    found = _discovered(home)
+        return Endpoint(address, token, tls=ClientTls.of_environment(address))
+    # The local daemon's token is for nobody on another machine.
+    found = None if address and not is_this_machine(address) else _discovered(home)
     if found is None:
         if address:
-            raise OpdError(Reason.MISSING_TOKEN, f"no token for the daemon at {address}; set OPD_TOKEN")
+            message = f"no token for the daemon at {address}; give --token-file FILE, or set OPD_TOKEN"
+            raise OpdError(Reason.MISSING_TOKEN, message)
         raise not_running(home)
-    return Endpoint(address or found.address, token or found.token, 0 if address else found.pid, found.store_id)
+    chosen = address or found.address
+    pid = 0 if address else found.pid
+    return Endpoint(chosen, token or found.token, pid, found.store_id, ClientTls.of_environment(chosen))
+
+
+def _token_of_environment() -> str | None:
+    token = os.environ.get("OPD_TOKEN")
+    if token and not (token.isascii() and token.isprintable()):
+        raise OpdError(Reason.WRONG_TOKEN, "OPD_TOKEN holds characters no token has; read it again from daemon.json")
+    file = os.environ.get("OPD_TOKEN_FILE")
+    return token or (read_token(Path(file).expanduser()) if file else None)
 
 
 def not_running(home: Home) -> OpdError:
@@ -135,7 +160,7 @@ class Connection:
         self._open()
 
     def _open(self) -> None:
-        self._bare = grpc.insecure_channel(self.endpoint.address, options=CHANNEL_OPTIONS)
+        self._bare = open_channel(self.endpoint.address, self.endpoint.tls, CHANNEL_OPTIONS)
         self.channel = grpc.intercept_channel(self._bare, TokenInterceptor(self.endpoint.token))
 
     def renew(self) -> bool:
@@ -198,7 +223,10 @@ class Connection:
             return error
         if self.endpoint.pid:
             return not_running(self.home)
-        message = f"no daemon answers at {self.endpoint.address}; check OPD_ADDRESS, or start one with 'opd serve'"
+        unsure = (
+            "check the address and --ca" if self.endpoint.remote else "check OPD_ADDRESS, or start one with 'opd serve'"
+        )
+        message = f"no daemon answers at {self.endpoint.address}; {unsure}"
         return OpdError(Reason.DAEMON_NOT_RUNNING, message, address=self.endpoint.address)
 
 

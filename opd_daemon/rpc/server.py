@@ -28,9 +28,11 @@ from opd_daemon.rpc.access import Gate
 from opd_daemon.rpc.assembly import Daemon, Limits
 from opd_daemon.rpc.catalog_service import CatalogServicer
 from opd_daemon.rpc.interceptor import Border
+from opd_daemon.rpc.listening import Listener
 from opd_daemon.rpc.run_service import RunServicer
 from opd_daemon.rpc.teacher_service import TeacherServicer
 from opd_daemon.rpc.worker_service import WorkerServicer
+from opd_daemon.token_file import kept_token
 from opd_daemon.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
@@ -65,10 +67,15 @@ OPTIONS = [
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """How one daemon is run. `port` 0 takes any free loopback port, None serves the unix socket only."""
+    """How one daemon is run. `port` 0 takes any free loopback port, None serves the unix socket only.
+
+    listener: one more address. token_file: keeps the token from one start to the next; without it each has its own.
+    """
 
     home: Home = field(default_factory=Home.default)
     port: int | None = 0
+    listener: Listener | None = None
+    token_file: Path | None = None
     until_stdin_closes: bool = False
     cache_limit_bytes: int = 20 << 30
     teacher_path: str | None = None
@@ -81,7 +88,8 @@ def serve(settings: ServeSettings) -> int:
     """Run the daemon until it is asked to stop; the exit code.
 
     Raises:
-        OpdError: DAEMON_ALREADY_RUNNING, or INVALID_REQUEST when the home can't be written or the port can't be bound.
+        OpdError: DAEMON_ALREADY_RUNNING; INVALID_REQUEST when the home can't be written or an address can't be bound;
+            WRONG_TOKEN for a token file that won't do.
     """
     _start_logging(settings)
     os.environ["OPD_HOME"] = str(settings.home.root)  # for plugins, which know the home by this name
@@ -93,7 +101,7 @@ def serve(settings: ServeSettings) -> int:
 async def _serve(settings: ServeSettings) -> None:
     stop = asyncio.Event()
     _watch_for_stop(stop, settings.until_stdin_closes)
-    token = secrets.token_urlsafe(32)
+    token = kept_token(settings.token_file) if settings.token_file else secrets.token_urlsafe(32)
     limits = Limits(settings.cache_limit_bytes, settings.max_concurrent_runs, settings.stop_grace_seconds)
     async with Daemon.open(settings.home, limits) as daemon:
         server = grpc.aio.server(options=OPTIONS, interceptors=[Border(Gate(token, daemon.runs.run_for_token))])
@@ -136,6 +144,7 @@ async def _listening(server: grpc.aio.Server, settings: ServeSettings, token: st
     socket = _socket_path(settings.home)
     socket.unlink(missing_ok=True)
     port = _bind(server, socket, settings.port)
+    listening = settings.listener.bind(server) if settings.listener else None
     await server.start()
     socket.chmod(0o600)
     address = f"unix:{socket}"
@@ -144,6 +153,7 @@ async def _listening(server: grpc.aio.Server, settings: ServeSettings, token: st
         "address": address,
         "socket": str(socket),
         "port": port,
+        "listening": listening,
         "token": token,
         "store_id": store_id,
         "version": opd_daemon.__version__,
@@ -183,6 +193,7 @@ def _socket_path(home: Home) -> Path:
 def _publish(path: Path, facts: dict[str, object]) -> None:
     """Write the discovery file so that nobody else can ever read it and nobody sees half of it."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # of a daemon that was killed just here, with the same pid, as in a container
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump(facts, file, indent=1)

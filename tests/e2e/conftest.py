@@ -23,14 +23,15 @@ END_SECONDS = 60.0
 
 
 class DaemonProcess:
-    """`opd serve` on a home of its own; `kill` is kill -9."""
+    """`opd serve` on a home of its own, with more arguments where given; `kill` is kill -9."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, *arguments: str) -> None:
         self.home = home
+        self.arguments = arguments
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "opd_daemon.cli", "serve", "--until-stdin-closes"]
+        command = [sys.executable, "-m", "opd_daemon.cli", "serve", "--until-stdin-closes", *self.arguments]
         environment = {**os.environ, "OPD_HOME": str(self.home.root)}
         self.log = (self.home.root / "daemon.log").open("ab")
         self.process = subprocess.Popen(
