@@ -31,6 +31,9 @@ def serve(
         metavar="FILE",
         help="Keep the token in this file; it is made if missing.  [default: a new one each start]",
     ),
+    allow_root: list[Path] = typer.Option(
+        [], metavar="FOLDER", help="One more folder in which clients may name models, prompts and outputs."
+    ),
     teacher: str | None = typer.Option(None, metavar="PATH", help="Load this teacher at the start."),
     cache_limit: str = typer.Option("20GB", metavar="SIZE", help="Size the teacher cache may grow to."),
     max_runs: int = typer.Option(1, min=1, help="Runs that train at the same time; more of them wait."),
@@ -62,6 +65,7 @@ def serve(
         port=port,
         listener=Listener.parse(listen, tls) if listen else None,
         token_file=token_file.expanduser() if token_file else None,
+        allowed_roots=tuple(allow_root),
         until_stdin_closes=until_stdin_closes,
         cache_limit_bytes=limit,
         teacher_path=model_argument(teacher) if teacher else None,

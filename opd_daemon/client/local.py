@@ -6,7 +6,7 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,10 +24,12 @@ class LocalDaemon:
     """Starts a daemon for `home` on entry; on exit, or when this process dies in whatever way, the daemon stops too.
 
     The daemon is in a session of its own, so Ctrl-C in the terminal reaches this process only.
+    allowed_roots: folders in which paths may be named, besides the usual ones.
     """
 
-    def __init__(self, home: Home, *, stop_patience: float = 30.0) -> None:
+    def __init__(self, home: Home, *, stop_patience: float = 30.0, allowed_roots: Sequence[Path] = ()) -> None:
         self.home = home
+        self._allowed_roots = allowed_roots
         self.log = home.logs / "daemon.log"
         self._stop_patience = stop_patience
         self._process: subprocess.Popen[bytes] | None = None
@@ -43,6 +45,7 @@ class LocalDaemon:
             "--home",
             str(self.home.root),
             "--until-stdin-closes",
+            *(f"--allow-root={folder}" for folder in self._allowed_roots),
         ]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(

@@ -101,7 +101,7 @@ def demo_daemon(settings: DemoSettings, seconds: Seconds, stage: Stage) -> Itera
     """The demo's own daemon, for as long as the block lasts."""
     stage.say("starting a daemon on a private socket")
     with seconds.phase("start"):
-        daemon = LocalDaemon(settings.home)
+        daemon = LocalDaemon(settings.home, allowed_roots=[settings.folder, prompts_file("train.jsonl").parent])
         daemon.__enter__()
     try:
         with daemon.client() as client:

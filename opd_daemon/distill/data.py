@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opd_daemon.errors import FieldViolation, OpdError, Reason
+from opd_daemon.paths import open_plain
 
 if TYPE_CHECKING:
     from opd_daemon.config import RunConfig
@@ -108,7 +109,7 @@ def scan_rows(path: Path, limit: int | None = None) -> Iterator[Row | str]:
     """Rows of a JSONL file in order; in place of a faulty row, a line that names file, line and cure."""
     found = 0
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             for number, line in enumerate(file, start=1):
                 if found == limit:
                     return

@@ -16,6 +16,7 @@ from opd_daemon.distill.data import Row, TeacherReader, length_fault, load_token
 from opd_daemon.distill.optimizer_options import optimizer_faults
 from opd_daemon.errors import FieldViolation, OpdError
 from opd_daemon.models.folder import UNLIMITED_CONTEXT, ModelFolder, read_folder
+from opd_daemon.paths import AllowedRoots
 from opd_daemon.vocabulary import compare_vocabularies, load_vocabulary
 
 if TYPE_CHECKING:
@@ -26,23 +27,28 @@ FAULTS_SHOWN = 5
 TEMPLATE_TOKENS, TURN_TOKENS = 64, 8
 
 
-def check_run(config: RunConfig, trainer: TrainerInfo | None) -> list[FieldViolation]:
+def check_run(config: RunConfig, trainer: TrainerInfo | None, roots: AllowedRoots) -> list[FieldViolation]:
     """One violation per fault of a run: folders, adapter, rows, options, output and tokenizers. Empty: it may start.
 
-    Without a trainer, whose name was wrong, its options are not checked.
+    Without a trainer, whose name was wrong, its options are not checked. Nothing outside the roots is touched.
     """
-    violations = [*_check_method(config, trainer), *_check_output(config)]
+    refused = dict(roots.faults_of_run(config.model_dump(mode="json")))
+    violations = [*_check_method(config, trainer)]
+    violations += [_violation(name, f"{getattr(config, name)}: {fault}") for name, fault in refused.items()]
+    violations += [] if "output_adapter_path" in refused else _check_output(config)
     folders: dict[str, ModelFolder] = {}
     for name in ("base_model_path", "teacher_model_path"):
+        if name in refused:
+            continue
         try:
             folders[name] = read_folder(Path(getattr(config, name)))
         except OpdError as fault:
             violations.append(_violation(name, fault.message))
     base, teacher = folders.get("base_model_path"), folders.get("teacher_model_path")
-    if base and config.student_adapter_path:
+    if base and config.student_adapter_path and "student_adapter_path" not in refused:
         faults = adapter_faults(Path(config.student_adapter_path), base.tensors, base.bits)
         violations += [_violation("student_adapter_path", fault) for fault in faults]
-    elif base:
+    elif base and not config.student_adapter_path:
         violations += [_violation(f"lora.{name}", fault) for name, fault in lora_faults(config.lora, base)]
     contexts = UNLIMITED_CONTEXT, UNLIMITED_CONTEXT
     if base and teacher:
@@ -51,6 +57,8 @@ def check_run(config: RunConfig, trainer: TrainerInfo | None) -> list[FieldViola
         violations += no_room
         if not no_room:
             contexts = min(base.max_context, teacher.max_context), teacher.max_context
+    if refused.keys() & {"prompts_path", "validation_prompts_path"}:
+        return violations
     violations += _check_rows(config, contexts, needs_completions=_sources(config, trainer).get("data", 0.0) > 0)
     return violations
 

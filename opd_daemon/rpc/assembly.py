@@ -8,11 +8,13 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from opd_daemon.distill.preflight import check_run
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.events import EventLog
 from opd_daemon.home import Home
+from opd_daemon.paths import AllowedRoots
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs.attempt import Preflight, Teaching
 from opd_daemon.runs.calibration import Calibrations
@@ -97,8 +99,10 @@ class Daemon:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, home: Home, limits: Limits) -> AsyncIterator[Daemon]:
+    async def open(cls, home: Home, limits: Limits, roots: AllowedRoots) -> AsyncIterator[Daemon]:
         """Open store, plugins and cache and start the teacher's thread; close all of it again at the end.
+
+        roots: where clients may name paths.
 
         Raises:
             OpdError: the store is damaged or of a newer version.
@@ -117,7 +121,7 @@ class Daemon:
             events=events,
             plugins=plugins,
             workers=workers,
-            preflight=Preflight(check_run, planner.plan),
+            preflight=Preflight(partial(check_run, roots=roots), planner.plan),
             teaching=Teaching(teacher.path, teacher.ensure),
             max_concurrent_runs=limits.concurrent_runs,
             stop_grace=limits.stop_grace_seconds,

@@ -11,6 +11,7 @@ from typing import Any
 from opd_daemon.config import PRESET_SUMMARIES, PRESETS, RunConfig
 from opd_daemon.distill.registry import BUILT_IN
 from opd_daemon.home import Home
+from opd_daemon.paths import AllowedRoots, open_plain
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.rpc.interceptor import Context
 from opd_daemon.types import Run
@@ -22,10 +23,11 @@ from opd_daemon.wire.runs import config_to_proto, struct_to_proto
 class CatalogServicer(rpc.CatalogServiceServicer):
     """Thin layer over the plugin registry and the model folders."""
 
-    def __init__(self, plugins: PluginRegistry, home: Home, all_runs: Callable[[], Any]) -> None:
+    def __init__(self, plugins: PluginRegistry, home: Home, all_runs: Callable[[], Any], roots: AllowedRoots) -> None:
         self._plugins = plugins
         self._home = home
         self._all_runs = all_runs
+        self._roots = roots
 
     async def ListTrainers(self, request: pb.ListTrainersRequest, context: Context) -> pb.ListTrainersResponse:
         trainers = [
@@ -76,14 +78,14 @@ class CatalogServicer(rpc.CatalogServiceServicer):
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         runs: list[Run] = await self._all_runs()
         used = {run.config[name] for run in runs for name in ("base_model_path", "teacher_model_path")}
-        models = await asyncio.to_thread(_models, [*_subfolders(self._home.models), *used])
+        models = await asyncio.to_thread(_models, [*_subfolders(self._home.models), *used], self._roots)
         return pb.ListModelsResponse(models=models)
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
         runs: list[Run] = await self._all_runs()
         made = {run.adapter_path: run.run_id for run in runs if run.adapter_path}
         started_from = {path: "" for run in runs if (path := run.config.get("student_adapter_path"))}
-        adapters = await asyncio.to_thread(_adapters, {**started_from, **made})
+        adapters = await asyncio.to_thread(_adapters, {**started_from, **made}, self._roots)
         return pb.ListAdaptersResponse(adapters=adapters)
 
     async def ListPresets(self, request: pb.ListPresetsRequest, context: Context) -> pb.ListPresetsResponse:
@@ -98,10 +100,10 @@ def _subfolders(folder: Path) -> list[str]:
     return [str(entry) for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
 
 
-def _models(paths: Iterable[str]) -> list[pb.Model]:
+def _models(paths: Iterable[str], roots: AllowedRoots) -> list[pb.Model]:
     models = []
     for path in sorted(set(paths)):
-        config = _json(Path(path) / "config.json")
+        config = _json(Path(path) / "config.json") if not roots.fault(path, "folder") else None
         if config is not None:
             bits = (config.get("quantization") or {}).get("bits", 0)
             models.append(
@@ -116,9 +118,11 @@ def _models(paths: Iterable[str]) -> list[pb.Model]:
     return models
 
 
-def _adapters(run_of_path: dict[str, str]) -> list[pb.Adapter]:
+def _adapters(run_of_path: dict[str, str], roots: AllowedRoots) -> list[pb.Adapter]:
     adapters = []
     for path, run_id in sorted(run_of_path.items()):
+        if roots.fault(path, "folder"):
+            continue
         config, weights = _json(Path(path) / "adapter_config.json"), Path(path) / "adapters.safetensors"
         if config is not None and weights.is_file():
             rank = (config.get("lora_parameters") or {}).get("rank", 0)
@@ -131,7 +135,8 @@ def _adapters(run_of_path: dict[str, str]) -> list[pb.Adapter]:
 def _json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None when there is none: catalogues list what is usable and skip the rest."""
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        with open_plain(path) as file:
+            values = json.loads(file.read())
+    except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from opd_daemon.config import PRESETS
 from opd_daemon.distill.adapter import adapter_files
-from opd_daemon.errors import OpdError, Reason, invalid
+from opd_daemon.errors import FieldViolation, OpdError, Reason, invalid, violations_error
 from opd_daemon.events import Bookmark, EventBatch, EventLog, GaugeReadings, WatchItem, WatchStarted
+from opd_daemon.paths import AllowedRoots
 from opd_daemon.rpc.access import caller
 from opd_daemon.rpc.interceptor import Context
 from opd_daemon.runs.comparison import Comparisons
 from opd_daemon.runs.manager import RunManager
-from opd_daemon.types import Checkpoint, RunState
+from opd_daemon.types import Checkpoint, Run, RunState
 from opd_daemon.v1 import event_pb2
 from opd_daemon.v1 import run_pb2 as pb
 from opd_daemon.v1 import run_pb2_grpc as rpc
@@ -38,10 +39,11 @@ MAX_REQUEST_ID = 64
 class RunServicer(rpc.RunServiceServicer):
     """Thin layer over `runs.manager.RunManager` and `events.EventLog`."""
 
-    def __init__(self, runs: RunManager, events: EventLog, comparisons: Comparisons) -> None:
+    def __init__(self, runs: RunManager, events: EventLog, comparisons: Comparisons, roots: AllowedRoots) -> None:
         self._runs = runs
         self._events = events
         self._comparisons = comparisons
+        self._roots = roots
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.CreateRunResponse:
         if len(request.request_id) > MAX_REQUEST_ID:
@@ -145,9 +147,17 @@ class RunServicer(rpc.RunServiceServicer):
     async def CompareModels(
         self, request: pb.CompareModelsRequest, context: Context
     ) -> AsyncIterator[pb.CompareModelsResponse]:
+        run = await self._runs.get(request.run_id)
+        await asyncio.to_thread(self._check_paths, run)
         async with aclosing(self._comparisons.compare(comparison.request_from_proto(request))) as answers:
             async for answer in answers:
                 yield comparison.answer_to_proto(answer)
+
+    def _check_paths(self, run: Run) -> None:
+        """The run was accepted once, but links may lead elsewhere today, and other folders may be allowed."""
+        if faults := dict(self._roots.faults_of_run(run.config)):
+            violations = [FieldViolation(f"config.{name}", fault) for name, fault in faults.items()]
+            raise violations_error(violations, Reason.PATH_NOT_ALLOWED)
 
 
 def _preset(name: str) -> dict[str, object]:

@@ -22,8 +22,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import opd_daemon
+from opd_daemon.addresses import is_loopback
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.home import Home
+from opd_daemon.paths import AllowedRoots
 from opd_daemon.rpc.access import Gate
 from opd_daemon.rpc.assembly import Daemon, Limits
 from opd_daemon.rpc.catalog_service import CatalogServicer
@@ -70,12 +72,14 @@ class ServeSettings:
     """How one daemon is run. `port` 0 takes any free loopback port, None serves the unix socket only.
 
     listener: one more address. token_file: keeps the token from one start to the next; without it each has its own.
+    allowed_roots: folders in which clients may name paths, besides those of `AllowedRoots.default`.
     """
 
     home: Home = field(default_factory=Home.default)
     port: int | None = 0
     listener: Listener | None = None
     token_file: Path | None = None
+    allowed_roots: tuple[Path, ...] = ()
     until_stdin_closes: bool = False
     cache_limit_bytes: int = 20 << 30
     teacher_path: str | None = None
@@ -103,9 +107,11 @@ async def _serve(settings: ServeSettings) -> None:
     _watch_for_stop(stop, settings.until_stdin_closes)
     token = kept_token(settings.token_file) if settings.token_file else secrets.token_urlsafe(32)
     limits = Limits(settings.cache_limit_bytes, settings.max_concurrent_runs, settings.stop_grace_seconds)
-    async with Daemon.open(settings.home, limits) as daemon:
+    remote = settings.listener is not None and not is_loopback(settings.listener.host)
+    roots = AllowedRoots.default(settings.home, settings.allowed_roots, remote=remote)
+    async with Daemon.open(settings.home, limits, roots) as daemon:
         server = grpc.aio.server(options=OPTIONS, interceptors=[Border(Gate(token, daemon.runs.run_for_token))])
-        serving = _add_services(server, daemon)
+        serving = _add_services(server, daemon, roots)
         async with _listening(server, settings, token, daemon.events.store_id) as address:
             await daemon.begin(address)
             await serving.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -121,12 +127,12 @@ async def _serve(settings: ServeSettings) -> None:
             await server.stop(RPC_GRACE_SECONDS)
 
 
-def _add_services(server: grpc.aio.Server, daemon: Daemon) -> health.aio.HealthServicer:
-    teacher = TeacherServicer(daemon.teacher, daemon.teacher_users)
+def _add_services(server: grpc.aio.Server, daemon: Daemon, roots: AllowedRoots) -> health.aio.HealthServicer:
+    teacher = TeacherServicer(daemon.teacher, daemon.teacher_users, roots)
     teacher_pb2_grpc.add_TeacherServiceServicer_to_server(teacher, server)
-    runs = RunServicer(daemon.runs, daemon.events, daemon.comparisons)
+    runs = RunServicer(daemon.runs, daemon.events, daemon.comparisons, roots)
     run_pb2_grpc.add_RunServiceServicer_to_server(runs, server)
-    catalog = CatalogServicer(daemon.plugins, daemon.home, daemon.all_runs)
+    catalog = CatalogServicer(daemon.plugins, daemon.home, daemon.all_runs, roots)
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(catalog, server)
     worker = WorkerServicer(daemon.runs, daemon.events, daemon.comparisons)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server)

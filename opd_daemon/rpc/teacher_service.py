@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -10,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from opd_daemon.errors import OpdError, Reason, invalid
+from opd_daemon.paths import AllowedRoots
 from opd_daemon.rpc.access import caller
 from opd_daemon.rpc.assembly import ResidentTeacher
 from opd_daemon.rpc.interceptor import Context
+from opd_daemon.teacher.folder import is_hub_id
 from opd_daemon.teacher.tokenizer import TextTokenizer
 from opd_daemon.teacher.validation import check_ids
 from opd_daemon.textstream import TextStream
@@ -28,10 +31,13 @@ MOST_OF_A_NAME = 64
 class TeacherServicer(rpc.TeacherServiceServicer):
     """Thin layer over `teacher.service.TeacherService`; `users` names the live runs that need the present teacher."""
 
-    def __init__(self, resident: ResidentTeacher, users: Callable[[], Awaitable[list[str]]]) -> None:
+    def __init__(
+        self, resident: ResidentTeacher, users: Callable[[], Awaitable[list[str]]], roots: AllowedRoots
+    ) -> None:
         self._resident = resident
         self._teacher = resident.service
         self._users = users
+        self._roots = roots
 
     async def GetTeacher(self, request: pb.GetTeacherRequest, context: Context) -> pb.GetTeacherResponse:
         return pb.GetTeacherResponse(teacher=self._description())
@@ -41,6 +47,7 @@ class TeacherServicer(rpc.TeacherServiceServicer):
     ) -> AsyncIterator[pb.LoadTeacherResponse]:
         if not request.model_path:
             raise invalid("model_path", "empty: name a model folder")
+        await asyncio.to_thread(self._check_path, request.model_path)
         if self._resident.path() != request.model_path:
             await self._require_unused(request.force)
         try:
@@ -138,6 +145,10 @@ class TeacherServicer(rpc.TeacherServiceServicer):
     def _description(self) -> pb.Teacher:
         failure = self._teacher.failure
         return wire.teacher_to_proto(self._teacher.state, self._teacher.info, str(failure) if failure else "")
+
+    def _check_path(self, model: str) -> None:
+        if not is_hub_id(model):
+            self._roots.require("model_path", model, "folder")
 
     async def _require_unused(self, force: bool, besides: str = "") -> None:
         users = [run_id for run_id in await self._users() if run_id != besides]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from opd_daemon.config import RunConfig, parse_config
 from opd_daemon.distill.registry import check_config as check_divergence
 from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
+from opd_daemon.paths import RUN_PATHS
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs.attempt import Preflight
 from opd_daemon.trainer import TrainerInfo
@@ -39,10 +41,20 @@ async def checked_config(
     if config is not None:
         known = {fault.field for fault in faults}
         found = await asyncio.to_thread(_faults, config.expanded(), plugins, preflight, taken_ids)
+        found = [_as_written(fault, config) for fault in found]
         faults += [fault for fault in found if fault.field not in known]
     if faults or config is None:
         raise violations_error(faults, Reason.INVALID_RUN_CONFIG)
     return config.expanded()
+
+
+def _as_written(fault: FieldViolation, config: RunConfig) -> FieldViolation:
+    """A fault that names the path as the client wrote it: what `~` stands for here is nobody else's business."""
+    description, expanded = fault.description, config.expanded()
+    for name in RUN_PATHS:
+        written = getattr(config, name)
+        description = description.replace(getattr(expanded, name), written) if written else description
+    return replace(fault, description=description)
 
 
 def _parsed(values: dict[str, Any]) -> tuple[RunConfig | None, list[FieldViolation]]:

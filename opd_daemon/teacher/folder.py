@@ -20,7 +20,7 @@ def open_folder(path_or_hub_id: str) -> ModelFolder:
     TEACHER_LOAD_FAILED with what is wrong with the one there is, in one line.
     """
     path = user_path(path_or_hub_id)
-    if not os.path.exists(path):  # noqa: PTH110 - unlike Path.exists, never raises for a name too long
+    if not _exists(path):
         path = _download(path_or_hub_id)
     path = path.resolve()
     try:
@@ -33,9 +33,18 @@ def open_folder(path_or_hub_id: str) -> ModelFolder:
         raise load_failed(path_or_hub_id, f"{inside}{fault.problem}") from None
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name means a model on the hub: it looks like one, and no folder here has it."""
+    return HUB_ID.fullmatch(name) is not None and not _exists(user_path(name))
+
+
 def load_failed(model: str | Path, cause: str) -> OpdError:
     """A failure to load `model` with its cause in one line."""
     return OpdError(Reason.TEACHER_LOAD_FAILED, f"{model}: {cause}", model=model, cause=cause)
+
+
+def _exists(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - unlike Path.exists, never raises for a name too long
 
 
 def _download(name: str) -> Path:

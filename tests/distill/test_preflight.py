@@ -18,8 +18,11 @@ from opd_daemon.config import LoraConfig, RunConfig, parse_config
 from opd_daemon.distill.adapter import CONFIG, WEIGHTS
 from opd_daemon.distill.preflight import check_run
 from opd_daemon.distill.student import Student
+from opd_daemon.paths import AllowedRoots
 from opd_daemon.trainer import TrainerInfo
 from tests.tiny import write_tiny_qwen2
+
+ANYWHERE = AllowedRoots.of([Path("/")])
 
 
 class Options(BaseModel):
@@ -58,7 +61,7 @@ def settings(tiny_teacher: Path, tiny_student: Path, tmp_path: Path) -> dict[str
 
 
 def faults(settings: dict[str, Any]) -> dict[str, str]:
-    return {fault.field: fault.description for fault in check_run(parse_config(settings), TRAINER)}
+    return {fault.field: fault.description for fault in check_run(parse_config(settings), TRAINER, ANYWHERE)}
 
 
 def test_a_sound_run_has_no_faults(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_every_fault_is_reported_at_once(settings: dict[str, Any], tmp_path: Pat
 def test_faulty_lines_are_named_up_to_a_handful(settings: dict[str, Any]) -> None:
     path = Path(settings["prompts_path"])
     path.write_text("{broken\n" * 9)
-    found = [fault.description for fault in check_run(parse_config(settings), TRAINER)]
+    found = [fault.description for fault in check_run(parse_config(settings), TRAINER, ANYWHERE)]
     assert [f"{path}:{line}: not JSON" in text for line, text in enumerate(found[:5], start=1)] == [True] * 5
     assert found[5:] == [f"{path}: 4 more faulty lines"]
 
@@ -152,8 +155,8 @@ def test_padded_and_superset_vocabularies_are_no_fault(settings: dict[str, Any],
 
 def test_computing_ahead_needs_the_cache(settings: dict[str, Any]) -> None:
     offline = replace(TRAINER, sources=lambda _config, _options: {"teacher": 1.0})
-    assert check_run(parse_config({**settings, "precompute": True}), offline) == []
-    (fault,) = check_run(parse_config({**settings, "precompute": True, "use_cache": False}), offline)
+    assert check_run(parse_config({**settings, "precompute": True}), offline, ANYWHERE) == []
+    (fault,) = check_run(parse_config({**settings, "precompute": True, "use_cache": False}), offline, ANYWHERE)
     assert (fault.field, "use_cache true" in fault.description) == ("config.precompute", True)
 
 

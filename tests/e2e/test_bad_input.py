@@ -135,11 +135,11 @@ CONFIG, REQUEST, PAGE = Reason.INVALID_RUN_CONFIG, Reason.INVALID_REQUEST, Reaso
 # What is sent; the reason; the field ("" for none); a fragment of the line a person reads.
 FAULTS: dict[str, Row] = {
     # Models
-    "no folder": (lambda s: s.check(base_model_path="/nope"), CONFIG, "config.base_model_path", "/nope: no such folder; give"),
-    "no teacher": (lambda s: s.check(teacher_model_path="/nope"), CONFIG, "config.teacher_model_path", "no such folder; give"),
+    "no folder": (lambda s: s.check(base_model_path=f"{s.folder}/nope"), CONFIG, "config.base_model_path", "/nope: no such folder; give"),
+    "no teacher": (lambda s: s.check(teacher_model_path=f"{s.folder}/nope"), CONFIG, "config.teacher_model_path", "no such folder; give"),
     "no model": (lambda s: s.check(base_model_path=f"{s.folder}/no_model"), CONFIG, "config.base_model_path", "no config.json"),
     "unknown ~user": (lambda s: s.check(base_model_path="~no_such_user/x"), CONFIG, "config.base_model_path", "no such folder"),
-    "long name": (lambda s: s.check(base_model_path="/" + 300 * "n"), CONFIG, "config.base_model_path", "no such folder"),
+    "long name": (lambda s: s.check(base_model_path=f"{s.folder}/" + 300 * "n"), CONFIG, "config.base_model_path", "no such folder"),
     "control character": (lambda s: s.check(prompts_path="/a\0b"), CONFIG, "config.prompts_path", "control character"),
     "broken config": (lambda s: s.check_model("m1", "config.json", "{"), CONFIG, "config.base_model_path", "not valid JSON"),
     "deep config": (lambda s: s.check_model("m2", "config.json", 99_999 * "["), CONFIG, "config.base_model_path", "not valid JSON"),
@@ -147,16 +147,16 @@ FAULTS: dict[str, Row] = {
     "no adapter": (lambda s: s.check(student_adapter_path=f"{s.folder}/no_model"), CONFIG, "config.student_adapter_path", "adapter_config.json: no such file"),
     "other tokenizer": (lambda s: s.check(teacher_model_path=f"{s.folder}/shuffled"), CONFIG, "config.teacher_model_path", "id 0 is 'Ď' / '!'"),
     "load nothing": (lambda s: list(s.client.load_teacher("")), REQUEST, "model_path", "name a model folder"),
-    "load no folder": (lambda s: list(s.client.load_teacher("/nope")), Reason.MODEL_NOT_FOUND, "", "'/nope'; give a folder"),
+    "load no folder": (lambda s: list(s.client.load_teacher(f"{s.folder}/nope")), Reason.MODEL_NOT_FOUND, "", "/nope'; give a folder"),
     "load no model": (lambda s: list(s.client.load_teacher(f"{s.folder}/no_model")), Reason.MODEL_NOT_FOUND, "", "no config.json; give"),
-    "load long name": (lambda s: list(s.client.load_teacher("/" + 300 * "n")), Reason.MODEL_NOT_FOUND, "", "give a folder"),
+    "load long name": (lambda s: list(s.client.load_teacher(f"{s.folder}/" + 300 * "n")), Reason.MODEL_NOT_FOUND, "", "give a folder"),
     # Rows
     "broken line": (lambda s: s.check_rows(b'{"prompt": "a"}\n{"prompt": "b"\n'), CONFIG, "config.prompts_path", "faulty.jsonl:2: not JSON"),
     "no rows": (lambda s: s.check_rows(b""), CONFIG, "config.prompts_path", "holds no rows; give"),
     "wrong keys": (lambda s: s.check_rows(OK_ROWS + b'{"question": "a"}\n'), CONFIG, "config.prompts_path", 'faulty.jsonl:25: has "question"; give {"prompt"}'),
     "not UTF-8": (lambda s: s.check_rows(b'{"prompt": "a"}\n{"prompt": "\xe9"}\n'), CONFIG, "config.prompts_path", "faulty.jsonl:2: not UTF-8"),
     "endless number": (lambda s: s.check_rows(OK_ROWS + b'{"prompt": ' + 5000 * b"1" + b"}\n"), CONFIG, "config.prompts_path", "faulty.jsonl:25: not a row"),
-    "no file": (lambda s: s.check(prompts_path="/nope.jsonl"), CONFIG, "config.prompts_path", "/nope.jsonl: no such file"),
+    "no file": (lambda s: s.check(prompts_path=f"{s.folder}/nope.jsonl"), CONFIG, "config.prompts_path", "/nope.jsonl: no such file"),
     "no prompts": (lambda s: s.check(prompts_path=""), CONFIG, "config.prompts_path", "give a JSONL file"),
     # Values
     "batch 0": (lambda s: s.check(batch_size=0), CONFIG, "config.batch_size", "0: input should be greater than or equal to 1"),

@@ -11,6 +11,7 @@ import pytest
 
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.events import EventLog
+from opd_daemon.paths import AllowedRoots
 from opd_daemon.rpc.access import Caller, Gate, caller
 from opd_daemon.rpc.assembly import ResidentTeacher
 from opd_daemon.rpc.interceptor import Context
@@ -33,7 +34,7 @@ async def servicer(home: Home, model: Path, users: list[str]) -> AsyncIterator[T
 
     try:
         async with home.teacher(model) as service:
-            yield TeacherServicer(ResidentTeacher(service, events), live)
+            yield TeacherServicer(ResidentTeacher(service, events), live, AllowedRoots.of([model]))
     finally:
         await events.aclose()
 
