@@ -92,6 +92,11 @@ class Home:
         return self.root / "models"
 
     @property
+    def uploads(self) -> Path:
+        """Files of prompts that clients on other machines have sent."""
+        return self.root / "uploads"
+
+    @property
     def logs(self) -> Path:
         """Log files of the daemon and its workers."""
         return self.root / "logs"

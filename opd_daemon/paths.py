@@ -13,8 +13,9 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from opd_daemon.errors import FieldViolation, Reason, violations_error
 from opd_daemon.home import Home, user_path
@@ -121,7 +122,7 @@ class AllowedRoots:
         return any(_identity(place) in roots for place in places)
 
 
-def open_plain(path: Path) -> IO[bytes]:
+def open_plain(path: Path) -> BufferedReader:
     """Open a file for reading, if it is a plain one; never waits for a pipe's other end.
 
     Raises:

@@ -40,8 +40,10 @@ def distill(
     """Distil: check everything, show the plan, train, and show how KL and agreement change.
 
     Paths in the file are relative to the file. Ctrl-C leaves the run to the daemon; with --serve it stops the run with
-    a checkpoint. The same command again takes the run up from there.
+    a checkpoint. The same command again takes the run up from there. A daemon on another machine gets the prompts
+    sent, and the adapter comes back; models are named by their absolute paths there.
     """
+    from opd_daemon.cli.elsewhere import as_it_is_there, fetch_adapter
     from opd_daemon.cli.request import read_request
 
     request = read_request(config, preset, settings)
@@ -50,13 +52,13 @@ def distill(
         raise typer.BadParameter("a daemon that ends with this command can't be left alone", param_hint="--detach")
     with daemon_in_use(serve=serve, yes=yes) as daemon:
         choices = Choices(again=again, yes=yes, check=check, force=force)
-        chosen = choose_run(daemon.client, request, valid, choices)
+        chosen = choose_run(daemon.client, request, as_it_is_there(daemon.client, valid), choices)
         if isinstance(chosen, int):
             return chosen
         if detach:
             output.say(f"{chosen.run_id}: accepted; 'opd watch {chosen.run_id}' follows it")
             return exits.OK
-        return _follow(daemon, chosen)
+        return fetch_adapter(daemon.client, valid, chosen.run_id, _follow(daemon, chosen))
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,12 +35,14 @@ def plan(
     Without a daemon one is run for as long as this takes. The first plan for models of new shapes measures this
     machine for some seconds, unless a run is going on.
     """
+    from opd_daemon.cli.elsewhere import as_it_is_there
     from opd_daemon.cli.request import read_request
     from opd_daemon.errors import OpdError
 
     request = read_request(config, preset, settings)
-    values = request.config().model_dump(mode="json", exclude_unset=True)
+    valid = request.config()
     with daemon_in_use(serve=True, yes=True) as daemon:
+        values = as_it_is_there(daemon.client, valid).model_dump(mode="json", exclude_unset=True)
         try:
             planned, _ = daemon.client.create_run(values, validate_only=True, machine=machine)
         except OpdError as error:

@@ -17,6 +17,7 @@ from opd_daemon.client import teacher as remote
 from opd_daemon.client.adapter import Choice, save_adapter
 from opd_daemon.client.connection import Connection, find_endpoint
 from opd_daemon.client.report import ReportFile, read_report
+from opd_daemon.client.upload import send_prompts
 from opd_daemon.client.watch import Watch
 from opd_daemon.config import parse_config
 from opd_daemon.errors import OpdError, Reason
@@ -204,6 +205,14 @@ class Client:
         repeatable = bool(request_id) or validate_only
         answer = self.connection.unary(RunServiceStub, "CreateRun", request, timeout=PLAN_TIMEOUT, retry=repeatable)
         return wire_runs.run_from_proto(answer.run), answer.revision
+
+    def upload_prompts(self, file: Path) -> str:
+        """Send a JSONL file to a daemon on another machine; its path there, for `prompts_path`.
+
+        Raises:
+            OpdError: INVALID_REQUEST for a file that can't be read, is empty or too large; DISK_FULL.
+        """
+        return send_prompts(self.connection, file)
 
     def run(self, run_id: str) -> tuple[Run, int]:
         """One run, and the revision of the log at which it was read: watch after it to miss nothing."""

@@ -22,6 +22,7 @@ from opd_daemon.runs.comparison import Comparisons
 from opd_daemon.runs.manager import RunManager
 from opd_daemon.runs.plans import Planner
 from opd_daemon.runs.states import LIVE
+from opd_daemon.runs.uploads import Uploads
 from opd_daemon.runs.workers import Workers
 from opd_daemon.store import Store
 from opd_daemon.teacher.service import TeacherService
@@ -96,6 +97,7 @@ class Daemon:
     workers: Workers
     runs: RunManager
     comparisons: Comparisons
+    uploads: Uploads
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -127,8 +129,10 @@ class Daemon:
             stop_grace=limits.stop_grace_seconds,
         )
         comparisons = Comparisons(home, events, workers=workers, runs=runs, teacher=service)
+        uploads = Uploads(home.uploads)
+        await asyncio.to_thread(uploads.remove_partial)
         try:
-            yield cls(home, events, plugins, teacher, workers, runs, comparisons)
+            yield cls(home, events, plugins, teacher, workers, runs, comparisons, uploads)
         finally:
             await service.close()
             await events.aclose()

@@ -16,6 +16,7 @@ from opd_daemon.rpc.access import caller
 from opd_daemon.rpc.interceptor import Context
 from opd_daemon.runs.comparison import Comparisons
 from opd_daemon.runs.manager import RunManager
+from opd_daemon.runs.uploads import UploadPiece, Uploads
 from opd_daemon.types import Checkpoint, Run, RunState
 from opd_daemon.v1 import event_pb2
 from opd_daemon.v1 import run_pb2 as pb
@@ -39,10 +40,19 @@ MAX_REQUEST_ID = 64
 class RunServicer(rpc.RunServiceServicer):
     """Thin layer over `runs.manager.RunManager` and `events.EventLog`."""
 
-    def __init__(self, runs: RunManager, events: EventLog, comparisons: Comparisons, roots: AllowedRoots) -> None:
+    def __init__(
+        self,
+        runs: RunManager,
+        events: EventLog,
+        comparisons: Comparisons,
+        *,
+        uploads: Uploads,
+        roots: AllowedRoots,
+    ) -> None:
         self._runs = runs
         self._events = events
         self._comparisons = comparisons
+        self._uploads = uploads
         self._roots = roots
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.CreateRunResponse:
@@ -153,11 +163,22 @@ class RunServicer(rpc.RunServiceServicer):
             async for answer in answers:
                 yield comparison.answer_to_proto(answer)
 
+    async def UploadPrompts(
+        self, request: AsyncIterator[pb.UploadPromptsRequest], context: Context
+    ) -> pb.UploadPromptsResponse:
+        kept = await self._uploads.receive(_pieces(request))
+        return pb.UploadPromptsResponse(path=str(kept.path), sha256=kept.sha256, bytes=kept.bytes)
+
     def _check_paths(self, run: Run) -> None:
         """The run was accepted once, but links may lead elsewhere today, and other folders may be allowed."""
         if faults := dict(self._roots.faults_of_run(run.config)):
             violations = [FieldViolation(f"config.{name}", fault) for name, fault in faults.items()]
             raise violations_error(violations, Reason.PATH_NOT_ALLOWED)
+
+
+async def _pieces(messages: AsyncIterator[pb.UploadPromptsRequest]) -> AsyncIterator[UploadPiece]:
+    async for message in messages:
+        yield UploadPiece(message.data, message.sha256)
 
 
 def _preset(name: str) -> dict[str, object]:

@@ -130,7 +130,7 @@ async def _serve(settings: ServeSettings) -> None:
 def _add_services(server: grpc.aio.Server, daemon: Daemon, roots: AllowedRoots) -> health.aio.HealthServicer:
     teacher = TeacherServicer(daemon.teacher, daemon.teacher_users, roots)
     teacher_pb2_grpc.add_TeacherServiceServicer_to_server(teacher, server)
-    runs = RunServicer(daemon.runs, daemon.events, daemon.comparisons, roots)
+    runs = RunServicer(daemon.runs, daemon.events, daemon.comparisons, uploads=daemon.uploads, roots=roots)
     run_pb2_grpc.add_RunServiceServicer_to_server(runs, server)
     catalog = CatalogServicer(daemon.plugins, daemon.home, daemon.all_runs, roots)
     catalog_pb2_grpc.add_CatalogServiceServicer_to_server(catalog, server)

@@ -95,6 +95,11 @@ class RunServiceStub(object):
                 request_serializer=opd__daemon_dot_v1_dot_run__pb2.CompareModelsRequest.SerializeToString,
                 response_deserializer=opd__daemon_dot_v1_dot_run__pb2.CompareModelsResponse.FromString,
                 _registered_method=True)
+        self.UploadPrompts = channel.stream_unary(
+                '/opd_daemon.v1.RunService/UploadPrompts',
+                request_serializer=opd__daemon_dot_v1_dot_run__pb2.UploadPromptsRequest.SerializeToString,
+                response_deserializer=opd__daemon_dot_v1_dot_run__pb2.UploadPromptsResponse.FromString,
+                _registered_method=True)
 
 
 class RunServiceServicer(object):
@@ -218,6 +223,18 @@ class RunServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UploadPrompts(self, request_iterator, context):
+        """Keeps a JSONL file of prompts on the daemon's machine, for clients that share no disk with it, and answers with the path to name
+        as `prompts_path` or `validation_prompts_path`. It is kept under its content: the same file again changes nothing. A
+        stream that breaks off leaves nothing behind.
+
+        Errors: INVALID_ARGUMENT/INVALID_REQUEST: empty, larger than 256 MiB, a piece larger than 1 MiB, or not what `sha256` says.
+        RESOURCE_EXHAUSTED/DISK_FULL: also when all uploads together would take more than 4 GiB.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RunServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -280,6 +297,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.CompareModels,
                     request_deserializer=opd__daemon_dot_v1_dot_run__pb2.CompareModelsRequest.FromString,
                     response_serializer=opd__daemon_dot_v1_dot_run__pb2.CompareModelsResponse.SerializeToString,
+            ),
+            'UploadPrompts': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadPrompts,
+                    request_deserializer=opd__daemon_dot_v1_dot_run__pb2.UploadPromptsRequest.FromString,
+                    response_serializer=opd__daemon_dot_v1_dot_run__pb2.UploadPromptsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -607,6 +629,33 @@ class RunService(object):
             '/opd_daemon.v1.RunService/CompareModels',
             opd__daemon_dot_v1_dot_run__pb2.CompareModelsRequest.SerializeToString,
             opd__daemon_dot_v1_dot_run__pb2.CompareModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadPrompts(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/opd_daemon.v1.RunService/UploadPrompts',
+            opd__daemon_dot_v1_dot_run__pb2.UploadPromptsRequest.SerializeToString,
+            opd__daemon_dot_v1_dot_run__pb2.UploadPromptsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -98,6 +98,14 @@ class RunServiceStub:
     loaded is another one than the run's. FAILED_PRECONDITION/RUN_STATE_CONFLICT: a run is training; the machine's
     place for heavy work is taken. INVALID_ARGUMENT: no prompts, or a model of another name.
     """
+    UploadPrompts: _grpc.StreamUnaryMultiCallable[_run_pb2.UploadPromptsRequest, _run_pb2.UploadPromptsResponse]
+    """Keeps a JSONL file of prompts on the daemon's machine, for clients that share no disk with it, and answers with the path to name
+    as `prompts_path` or `validation_prompts_path`. It is kept under its content: the same file again changes nothing. A
+    stream that breaks off leaves nothing behind.
+
+    Errors: INVALID_ARGUMENT/INVALID_REQUEST: empty, larger than 256 MiB, a piece larger than 1 MiB, or not what `sha256` says.
+    RESOURCE_EXHAUSTED/DISK_FULL: also when all uploads together would take more than 4 GiB.
+    """
 
 @_typing.type_check_only
 class RunServiceAsyncStub(RunServiceStub):
@@ -168,6 +176,14 @@ class RunServiceAsyncStub(RunServiceStub):
     Errors: NOT_FOUND/RUN_NOT_FOUND or CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION/TEACHER_NOT_LOADED, TEACHER_CHANGED: the teacher
     loaded is another one than the run's. FAILED_PRECONDITION/RUN_STATE_CONFLICT: a run is training; the machine's
     place for heavy work is taken. INVALID_ARGUMENT: no prompts, or a model of another name.
+    """
+    UploadPrompts: _aio.StreamUnaryMultiCallable[_run_pb2.UploadPromptsRequest, _run_pb2.UploadPromptsResponse]  # type: ignore[assignment]
+    """Keeps a JSONL file of prompts on the daemon's machine, for clients that share no disk with it, and answers with the path to name
+    as `prompts_path` or `validation_prompts_path`. It is kept under its content: the same file again changes nothing. A
+    stream that breaks off leaves nothing behind.
+
+    Errors: INVALID_ARGUMENT/INVALID_REQUEST: empty, larger than 256 MiB, a piece larger than 1 MiB, or not what `sha256` says.
+    RESOURCE_EXHAUSTED/DISK_FULL: also when all uploads together would take more than 4 GiB.
     """
 
 class RunServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -308,6 +324,20 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors: NOT_FOUND/RUN_NOT_FOUND or CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION/TEACHER_NOT_LOADED, TEACHER_CHANGED: the teacher
         loaded is another one than the run's. FAILED_PRECONDITION/RUN_STATE_CONFLICT: a run is training; the machine's
         place for heavy work is taken. INVALID_ARGUMENT: no prompts, or a model of another name.
+        """
+
+    @_abc_1.abstractmethod
+    def UploadPrompts(
+        self,
+        request_iterator: _MaybeAsyncIterator[_run_pb2.UploadPromptsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_run_pb2.UploadPromptsResponse, _abc.Awaitable[_run_pb2.UploadPromptsResponse]]:
+        """Keeps a JSONL file of prompts on the daemon's machine, for clients that share no disk with it, and answers with the path to name
+        as `prompts_path` or `validation_prompts_path`. It is kept under its content: the same file again changes nothing. A
+        stream that breaks off leaves nothing behind.
+
+        Errors: INVALID_ARGUMENT/INVALID_REQUEST: empty, larger than 256 MiB, a piece larger than 1 MiB, or not what `sha256` says.
+        RESOURCE_EXHAUSTED/DISK_FULL: also when all uploads together would take more than 4 GiB.
         """
 
 def add_RunServiceServicer_to_server(servicer: RunServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

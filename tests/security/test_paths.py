@@ -20,9 +20,11 @@ from opd_daemon.distill.data import scan_rows
 from opd_daemon.distill.preflight import check_run
 from opd_daemon.errors import Code, OpdError, Reason
 from opd_daemon.home import Home
-from opd_daemon.paths import LINKED_OUT, OUTSIDE, SPECIAL, AllowedRoots, open_plain
+from opd_daemon.paths import LINKED_OUT, OUTSIDE, SPECIAL, AllowedRoots, Kind, open_plain
 from opd_daemon.types import ComparisonRequest
 from tests.tiny import write_tiny_qwen2
+
+KINDS: tuple[Kind, ...] = ("file", "folder", "new")
 
 
 @pytest.fixture
@@ -58,23 +60,23 @@ def test_what_lies_inside_may_be_named_also_where_it_is_missing(roots: AllowedRo
 @pytest.mark.parametrize(
     "name",
     [
-        "../private",
-        "model/../../private/secret",
-        ".",
-        "/",
-        "/etc/passwd",
-        "/dev/null/x",
-        "~",
-        "~root",
-        "//etc/passwd",
-        "",
+        *("{inside}/../private", "{inside}/model/../../private/secret", "{inside}/..", "/", "/etc/passwd"),
+        *(
+            "/dev/null/x",
+            "~",
+            "~/.ssh",
+            "//etc/passwd",
+            "relative/path",
+            "~no_such_user/x",
+            "",
+            "/none",
+            "/" + 300 * "n",
+        ),
     ],
 )
 def test_what_lies_outside_may_not(roots: AllowedRoots, inside: Path, outside: Path, name: str) -> None:
-    named = str(outside) if name == "." else name if name.startswith(("/", "~")) else f"{inside}/{name}/.."
-    if name != "~root":
-        assert roots.fault(named, "file") == OUTSIDE
-    assert roots.fault("relative/to/somewhere", "file") == OUTSIDE
+    for kind in KINDS:
+        assert roots.fault(name.format(inside=inside), kind) == OUTSIDE
 
 
 def test_a_neighbour_that_begins_with_the_same_name_is_outside(roots: AllowedRoots, inside: Path) -> None:

@@ -67,7 +67,7 @@ CLIENTS_ONLY = {
     "TeacherService": {"LoadTeacher", "PruneCache"},
     "RunService": {
         *("CreateRun", "ListRuns", "StopRun", "ResumeRun", "DeleteRun", "ListMetrics", "ListCheckpoints"),
-        *("DownloadAdapter", "DownloadReport", "CompareModels"),
+        *("DownloadAdapter", "DownloadReport", "CompareModels", "UploadPrompts"),
     },
     "CatalogService": {
         *("ListTrainers", "ListDivergences", "ListPlugins", "ListModels", "ListAdapters", "ListPresets"),
