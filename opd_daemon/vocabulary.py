@@ -61,7 +61,7 @@ def load_vocabulary(path: Path) -> dict[int, str]:
         vocabulary = _model_tokens(content["model"]["vocab"])
         vocabulary.update({int(token["id"]): str(token["content"]) for token in content.get("added_tokens", ())})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _unreadable(path, f"tokenizer.json is broken ({type(error).__name__})") from error
+        raise _unreadable(path, "tokenizer.json is broken") from error
     return vocabulary
 
 

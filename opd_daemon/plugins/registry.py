@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Iterable
 
@@ -17,6 +18,8 @@ from opd_daemon.plugins.discovery import (
 from opd_daemon.plugins.listener import NOTIFICATIONS, Listener
 from opd_daemon.trainer import BUILT_IN_DIVERGENCES, DivergenceInfo, RunRefused, TrainerInfo
 from opd_daemon.types import Event, Run
+
+logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 5.0
 
@@ -88,8 +91,9 @@ class PluginRegistry:
             except KeyboardInterrupt:
                 raise
             except BaseException as fault:
-                why = f"opd_before_run_started failed with {type(fault).__name__}: {fault}; repair or uninstall it"
-                raise _refused(run, plugin, " ".join(why.split())) from fault
+                logger.warning("plugin %s: opd_before_run_started failed", plugin.name, exc_info=fault)
+                why = "opd_before_run_started failed, and the daemon's log says how; repair or uninstall it"
+                raise _refused(run, plugin, why) from fault
 
     def notify_event(self, event: Event) -> None:
         """Hand one event to every plugin that listens; returns at once."""

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from opd_daemon.errors import OpdError, Reason
+from opd_daemon import logs
+from opd_daemon.errors import FieldViolation, OpdError, Reason
+from opd_daemon.home import Home
 from opd_daemon.rpc.access import Gate, caller
 from opd_daemon.wire.errors import to_status
 
 log = logging.getLogger(__name__)
+
+REQUEST_ID = "opd-request-id"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Details = grpc.HandlerCallDetails
@@ -26,12 +32,16 @@ Handler = Any
 class Border(grpc.aio.ServerInterceptor):
     """Wraps every handler: admits the caller, decodes the request itself, maps every exception to a status.
 
+    Every call gets an id, which is in its trailing metadata and in whatever is logged meanwhile. Errors name places
+    in the daemon's home as $OPD_HOME, since where that lies is nobody else's business.
+
     grpcio by itself answers a malformed message and an unhandled exception with UNKNOWN and our own text, and leaves
     a client hanging when a handler raises CancelledError of its own; see docs/decisions.md.
     """
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, home: Home) -> None:
         self._gate = gate
+        self._home = home
 
     async def intercept_service(
         self, continuation: Callable[[Details], Awaitable[Handler]], handler_call_details: Details
@@ -40,7 +50,7 @@ class Border(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:  # no such method: grpcio answers UNIMPLEMENTED
             return None
-        call = _Call(self._gate, handler_call_details, handler)
+        call = _Call(self._gate, self._home, handler_call_details, handler)
         encode = handler.response_serializer
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(call.unary_unary, None, encode)
@@ -54,73 +64,110 @@ class Border(grpc.aio.ServerInterceptor):
 class _Call:
     """One method's handler with the border around it."""
 
-    def __init__(self, gate: Gate, details: Details, handler: Handler) -> None:
+    def __init__(self, gate: Gate, home: Home, details: Details, handler: Handler) -> None:
         self._gate = gate
+        self._home = home
+        self._id = secrets.token_hex(8)
+        self._began = time.monotonic()
         self._method = details.method
         self._authorization = _header(details)
         self._handler = handler
 
     async def unary_unary(self, data: bytes, context: Context) -> Any:
         try:
-            self._admit()
-            return await self._handler.unary_unary(self._decoded(data), context)
+            self._admit(context)
+            answer = await self._handler.unary_unary(self._decoded(data), context)
         except BaseException as error:  # noqa: BLE001 - nothing unmapped may pass
             await self._refuse(error, context)
+        self._tell("OK")
+        return answer
 
     async def unary_stream(self, data: bytes, context: Context) -> AsyncIterator[Any]:
         try:
-            self._admit()
+            self._admit(context)
             async for response in self._handler.unary_stream(self._decoded(data), context):
                 yield response
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001 - nothing unmapped may pass
             await self._refuse(error, context)
+        self._tell("OK")
 
     async def stream_unary(self, requests: AsyncIterator[bytes], context: Context) -> Any:
         try:
-            self._admit()
-            return await self._handler.stream_unary(self._all_decoded(requests), context)
+            self._admit(context)
+            answer = await self._handler.stream_unary(self._all_decoded(requests), context)
         except BaseException as error:  # noqa: BLE001 - nothing unmapped may pass
             await self._refuse(error, context)
+        self._tell("OK")
+        return answer
 
     async def stream_stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         try:
-            self._admit()
+            self._admit(context)
             async for response in self._handler.stream_stream(self._all_decoded(requests), context):
                 yield response
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001 - nothing unmapped may pass
             await self._refuse(error, context)
+        self._tell("OK")
 
-    def _admit(self) -> None:
-        caller.set(self._gate.admit(self._method, self._authorization))
+    def _admit(self, context: Context) -> None:
+        logs.request_id.set(self._id)
+        context.set_trailing_metadata(((REQUEST_ID, self._id),))
+        found = self._gate.admit(self._method, self._authorization)
+        caller.set(found)
+        logs.run_id.set(found.run_id)
 
     def _decoded(self, data: bytes) -> Any:
         try:
-            return self._handler.request_deserializer(data)
+            message = self._handler.request_deserializer(data)
         except DecodeError:
             raise OpdError(Reason.MALFORMED_MESSAGE, "the request is no message of this call's type") from None
+        if run_id := getattr(message, "run_id", ""):
+            logs.run_id.set(run_id)
+        return message
 
     async def _all_decoded(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         async for data in requests:
             yield self._decoded(data)
 
-    async def _refuse(self, error: BaseException, context: Context) -> None:
-        """Answer with the error's status; never returns."""
+    async def _refuse(self, error: BaseException, context: Context) -> NoReturn:
+        """Answer with the error's status."""
         if isinstance(error, grpc.aio.AbortError):
             raise error
         if isinstance(error, asyncio.CancelledError):
             if context.cancelled() or context.done():
+                self._tell("CANCELLED")
                 raise error
             error = OpdError(Reason.SHUTTING_DOWN, "the daemon is stopping; try again when it is back")
         if not isinstance(error, OpdError):
             if not isinstance(error, Exception):
                 raise error
             log.error("%s failed", self._method, exc_info=error)
-            error = OpdError(Reason.INTERNAL, "internal error; the daemon's log has the details")
-        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+            message = f"internal error; the daemon's log has the details of request {self._id}"
+            error = OpdError(Reason.INTERNAL, message, request_id=self._id)
+        self._tell(error.code, logging.INFO, reason=error.reason)
+        status = rpc_status.to_status(to_status(without_home(error, self._home)))
+        trailing = (*(status.trailing_metadata or ()), (REQUEST_ID, self._id))
+        await context.abort(status.code, status.details, trailing)
+        raise AssertionError  # abort has raised
+
+    def _tell(self, code: str, level: int = logging.DEBUG, **facts: str) -> None:
+        seconds = round(time.monotonic() - self._began, 6)
+        log.log(level, "%s: %s", self._method, code, extra={"code": code, "seconds": seconds, **facts})
+
+
+def without_home(error: OpdError, home: Home) -> OpdError:
+    """The same error, with the daemon's home called by its name."""
+
+    def named(text: str) -> str:
+        return text.replace(str(home.root), "$OPD_HOME")
+
+    violations = [FieldViolation(fault.field, named(fault.description)) for fault in error.violations]
+    metadata = {name: named(value) for name, value in error.metadata.items()}
+    return OpdError(error.reason, named(error.message), violations=violations, **metadata)
 
 
 def _header(details: Details) -> str | None:

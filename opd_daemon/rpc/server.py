@@ -25,6 +25,7 @@ import opd_daemon
 from opd_daemon.addresses import is_loopback
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.home import Home
+from opd_daemon.logs import log_to_file, log_to_stderr
 from opd_daemon.paths import AllowedRoots
 from opd_daemon.rpc.access import Gate
 from opd_daemon.rpc.assembly import Daemon, Limits
@@ -95,9 +96,10 @@ def serve(settings: ServeSettings) -> int:
         OpdError: DAEMON_ALREADY_RUNNING; INVALID_REQUEST when the home can't be written or an address can't be bound;
             WRONG_TOKEN for a token file that won't do.
     """
-    _start_logging(settings)
+    log_to_stderr(settings.log_level)
     os.environ["OPD_HOME"] = str(settings.home.root)  # for plugins, which know the home by this name
     with _only_daemon(settings.home):
+        log_to_file(settings.home.logs)
         asyncio.run(_serve(settings))
     return 0
 
@@ -110,7 +112,9 @@ async def _serve(settings: ServeSettings) -> None:
     remote = settings.listener is not None and not is_loopback(settings.listener.host)
     roots = AllowedRoots.default(settings.home, settings.allowed_roots, remote=remote)
     async with Daemon.open(settings.home, limits, roots) as daemon:
-        server = grpc.aio.server(options=OPTIONS, interceptors=[Border(Gate(token, daemon.runs.run_for_token))])
+        server = grpc.aio.server(
+            options=OPTIONS, interceptors=[Border(Gate(token, daemon.runs.run_for_token), settings.home)]
+        )
         serving = _add_services(server, daemon, roots)
         async with _listening(server, settings, token, daemon.events.store_id) as address:
             await daemon.begin(address)
@@ -255,8 +259,3 @@ def _stop_once(stop: asyncio.Event) -> None:
         log.warning("asked twice to stop: leaving now")
         os._exit(1)
     stop.set()
-
-
-def _start_logging(settings: ServeSettings) -> None:
-    layout = "%(asctime)s %(levelname)s %(name)s %(message)s"
-    logging.basicConfig(level=settings.log_level.upper(), format=layout, stream=sys.stderr, force=True)

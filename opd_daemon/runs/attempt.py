@@ -17,6 +17,7 @@ from opd_daemon.config import RunConfig, parse_config
 from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
 from opd_daemon.events import EventLog
 from opd_daemon.home import Home
+from opd_daemon.logs import run_id
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs.ledger import Ledger
 from opd_daemon.runs.memory import kills_for_memory, memory_ended
@@ -91,6 +92,7 @@ class Attempt:
 
     async def carry_out(self) -> None:
         """Do it all; the run is at rest afterwards, whatever happened."""
+        run_id.set(self.run_id)
         try:
             await self._prepare()
             await self._work()

@@ -109,7 +109,7 @@ def _as_opd_error(error: Exception) -> OpdError:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     if isinstance(error, MemoryError) or OUT_OF_MEMORY_SIGNS.search(text):
         return OpdError(Reason.OUT_OF_MEMORY, "memory ran out; compare with shorter answers, or free some memory")
-    return OpdError(Reason.INTERNAL, f"the comparison failed: {text}; the run's log has the details")
+    return OpdError(Reason.INTERNAL, "the comparison failed; the run's log has the details")
 
 
 def _leave_with_the_daemon() -> None:

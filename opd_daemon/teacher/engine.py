@@ -337,5 +337,5 @@ def _as_opd_error(error: Exception, what: str) -> OpdError:
         return out_of_memory(what)
     logger.error("%s failed", what, exc_info=error)
     _release(error)
-    message = f"{what} failed in the teacher ({type(error).__name__}); the daemon's log has more"
+    message = f"{what} failed in the teacher; the daemon's log has more"
     return OpdError(Reason.INTERNAL, message)

@@ -28,7 +28,7 @@ def export_head(parts: SplitModel) -> TeacherHead:
         raise OpdError(Reason.HIDDEN_NOT_SUPPORTED, parts.refusal)
     layer = head.layer
     if not isinstance(layer, nn.Linear | nn.Embedding | nn.QuantizedLinear | nn.QuantizedEmbedding):
-        message = f"the teacher's head is a {type(layer).__name__}, whose weights can't be served; use top_k instead"
+        message = "the teacher's head is a layer whose weights can't be served; use top_k instead"
         raise OpdError(Reason.HIDDEN_NOT_SUPPORTED, message)
     found = {name: layer[name] for name in TENSORS if name in layer}
     tensors = {name: _host(tensor) for name, tensor in found.items()}

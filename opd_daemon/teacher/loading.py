@@ -141,4 +141,4 @@ def _evaluate(model: Any, report: Callable[[float], None]) -> None:
 def _cause(error: BaseException) -> str:
     # mlx's message on weights is a heading line, then one line a tensor.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300].rstrip(",. ") or type(error).__name__
+    return " ".join(lines[:2])[:300].rstrip(",. ") or "it gives no reason"

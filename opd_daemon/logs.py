@@ -1,0 +1,95 @@
+"""The daemon's log: lines for a person on stderr, JSON lines in a file that is rotated.
+
+Whatever a client makes the daemon say stays inside its own line: control characters, line ends and what turns the
+direction of writing are escaped in both.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from contextvars import ContextVar
+from functools import partial
+from io import TextIOWrapper
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+from pythonjsonlogger.json import JsonFormatter
+
+FILE = "daemon.jsonl"
+FILE_BYTES = 10 << 20
+OLD_FILES = 5
+LAYOUT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+FIELDS = ("levelname", "name", "message", "request_id", "run_id")
+
+# Of the call and the run that the present task works for; empty for none.
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+run_id: ContextVar[str] = ContextVar("run_id", default="")
+
+
+def log_to_stderr(level: str) -> None:
+    """Begin to log, for whoever looks at the terminal; what was set up before is dropped."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter(LAYOUT))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+def log_to_file(folder: Path) -> logging.Handler:
+    """Log to the folder's file too. Raises OSError where that can't be written."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handler = _LogFile(folder / FILE, maxBytes=FILE_BYTES, backupCount=OLD_FILES, encoding="utf-8")
+    handler.setFormatter(EventFormatter())
+    handler.addFilter(_with_context)
+    logging.getLogger().addHandler(handler)
+    return handler
+
+
+def escaped(text: str) -> str:
+    """The text in one line, with whatever doesn't print as an escape, as Python writes it."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+class LineFormatter(logging.Formatter):
+    """One line a record. The lines of a traceback are indented, so that none can pass for a record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        head, *trace = super().format(_one_line(record)).split("\n")
+        return "\n".join([head, *(f"    {escaped(line)}" for line in trace)])
+
+
+class EventFormatter(JsonFormatter):
+    """One JSON object a line, in ASCII: time, level, logger, message, ids, and what the record was given as extras."""
+
+    def __init__(self) -> None:
+        super().__init__(FIELDS, timestamp="time", rename_fields={"levelname": "level", "name": "logger"})
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as JSON."""
+        # JSON escapes all control characters but this one.
+        return super().format(record).replace("\x7f", "\\u007f")
+
+
+def _one_line(record: logging.LogRecord) -> logging.LogRecord:
+    line = logging.makeLogRecord(record.__dict__)
+    line.msg, line.args = escaped(record.getMessage()), None
+    return line
+
+
+def _with_context(record: logging.LogRecord) -> bool:
+    for name, variable in (("request_id", request_id), ("run_id", run_id)):
+        if not hasattr(record, name):
+            setattr(record, name, variable.get())
+    return True
+
+
+class _LogFile(RotatingFileHandler):
+    """A log file for its owner alone. When it can't be written, the daemon has better things to do than to say so."""
+
+    def _open(self) -> TextIOWrapper:
+        opener = partial(os.open, mode=0o600)
+        return open(self.baseFilename, "a", encoding=self.encoding, opener=opener)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
+        """Drop the record."""
