@@ -11,10 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from opd_daemon.errors import OpdError, Reason
+from opd_daemon.paths import open_plain
 
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "model_max_length")
+LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 UNLIMITED_CONTEXT = 1 << 20
-LARGEST_HEADER = 100_000_000
+# Far above what models have (a shard of the largest: some thousand tensors), far below what hurts to parse.
+LARGEST_HEADER = 32 << 20
+LARGEST_JSON = 64 << 20
+MOST_TENSORS = 50_000
+MOST_SIDES = 8
+
+# Bytes of a value, by safetensors' names.
+VALUE_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+WEIGHT_TYPES = frozenset({"F32", "F16", "BF16"})
+# What turns packed integers or 8-bit floats into weights, beside them under these names.
+SCALES = ("scales", "weight_scale", "weight_scale_inv")
 
 CURE = "give an mlx-lm model folder (config.json and model*.safetensors)"
 
@@ -106,22 +123,29 @@ def read_folder(path: Path, name: str = "") -> ModelFolder:
     tensors: dict[str, TensorHeader] = {}
     for shard in shards:
         tensors |= read_header(shard)
+    _check_types(path, tensors)
+    _check_layers(path, config, len(tensors))
     return ModelFolder(name or path.name, path, config, shards, tensors)
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
-    """Tensors of one safetensors file, whose length must agree with its header. Raises FolderFault."""
+    """Tensors of one safetensors file. Raises FolderFault.
+
+    Its length, types, shapes and offsets must agree: every byte belongs to one tensor, of just its size.
+    """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else LARGEST_HEADER + 1
             if length > min(LARGEST_HEADER, size):
                 raise FolderFault(path, "not a safetensors file, or cut off; copy it again")
             content: dict[str, Any] = json.loads(file.read(length))
         content.pop("__metadata__", None)
-        tensors = {name: _tensor(entry) for name, entry in content.items()}
-        end = max((int(entry["data_offsets"][1]) for entry in content.values()), default=0)
+        if len(content) > MOST_TENSORS:
+            raise FolderFault(path, f"lists {len(content)} tensors, more than the {MOST_TENSORS} a file may have")
+        tensors = {name: _tensor(path, name, entry) for name, entry in content.items()}
+        end = _end(path, content)
     except FileNotFoundError:
         raise FolderFault(path, "no such file", missing=True) from None
     except OSError as fault:
@@ -137,14 +161,60 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
 def read_json(file: Path, default: Any) -> Any:
     """Content of a JSON file; `default` where there is none or it can't be read."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(_read_text(file))
     except (OSError, ValueError, RecursionError):
         return default
 
 
-def _tensor(entry: dict[str, Any]) -> TensorHeader:
-    first, last = entry["data_offsets"]
-    return TensorHeader(str(entry["dtype"]), tuple(int(side) for side in entry["shape"]), int(last) - int(first))
+def _read_text(file: Path) -> str:
+    """A small file. Raises OSError, and ValueError for one that is no JSON by its size alone, or not UTF-8."""
+    with open_plain(file) as content:
+        data = content.read(LARGEST_JSON + 1)
+    if len(data) > LARGEST_JSON:
+        raise ValueError(f"more than {LARGEST_JSON} bytes")
+    return data.decode("utf-8")
+
+
+def _tensor(path: Path, name: str, entry: dict[str, Any]) -> TensorHeader:
+    dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+        raise ValueError
+    tensor = TensorHeader(str(dtype), tuple(shape), last - first)
+    if dtype not in VALUE_BYTES:
+        raise FolderFault(path, f"{name} has values of type {str(dtype)[:40]!r}, which is unknown; convert the model")
+    # Python's integers don't overflow, whatever the shape.
+    if len(shape) > MOST_SIDES or VALUE_BYTES[dtype] * math.prod(shape) != tensor.bytes:
+        told = f"{dtype} of shape {str(tensor.shape)[:80]} in {tensor.bytes} bytes"
+        raise FolderFault(path, f"its header is broken: {name} can't be {told}; copy the file again")
+    return tensor
+
+
+def _end(path: Path, content: dict[str, Any]) -> int:
+    """Where the last tensor ends; each begins where the one before it ends."""
+    end = 0
+    for first, last in sorted(tuple(entry["data_offsets"]) for entry in content.values()):
+        if first != end:
+            raise FolderFault(path, "its header is broken: tensors overlap or leave gaps; copy the file again")
+        end = last
+    return int(end)
+
+
+def _check_types(path: Path, tensors: dict[str, TensorHeader]) -> None:
+    """MLX would take the bits of such weights for numbers, and the model would talk nonsense."""
+    for name, tensor in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "weight" and tensor.dtype not in WEIGHT_TYPES and not any(f"{layer}.{s}" in tensors for s in SCALES):
+            cure = "convert the model with mlx_lm.convert"
+            raise FolderFault(path, f"{name} is {tensor.dtype} and has no scales, so it holds no weights; {cure}")
+
+
+def _check_layers(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Building a billion layers, to see then that there are no weights for them, would take the daemon with it."""
+    inner = config.get("text_config")
+    for settings in (config, inner if isinstance(inner, dict) else {}):
+        for key in LAYER_KEYS:
+            if isinstance(layers := settings.get(key), int) and layers > tensors:
+                raise FolderFault(path / "config.json", f"{key} is {layers}, but there are only {tensors} tensors")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -172,7 +242,7 @@ def _check_index(path: Path) -> None:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(_read_text(path))
     except OSError as fault:
         raise FolderFault(path, f"can't be read: {fault.strerror}") from None
     except (ValueError, RecursionError):
