@@ -9,23 +9,24 @@ from __future__ import annotations
 import json
 import sqlite3
 import sys
-import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+from opd_daemon import schema
 from opd_daemon.errors import OpdError, Reason
+from opd_daemon.store_faults import damaged, disk_error, of_the_disk, unusable
 from opd_daemon.types import Checkpoint, Event, EventKind, Plan, PlannedBytes, Run, RunState
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
 MEASURED = (EventKind.METRICS, EventKind.EVALUATION)
 PAGE = 256
+PAGES_AT_ONCE = 256
+JOURNAL_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +57,30 @@ class Store:
         """
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as fault:
+            raise unusable(path, fault) from None
         try:
             self._prepare()
-        except sqlite3.DatabaseError as fault:
+            self.store_id = str(self._value("SELECT value FROM facts WHERE name = 'store_id'"))
+        except sqlite3.Error as fault:
             self._database.close()
-            message = f"{path}: can't be used as a store ({fault}); move it away, and the daemon starts a new one"
-            raise OpdError(Reason.STORE_UNUSABLE, message, path=path) from None
+            raise unusable(path, fault) from None
         except OpdError:
             self._database.close()
             raise
-        self.store_id = str(self._value("SELECT value FROM facts WHERE name = 'store_id'"))
 
     def close(self) -> None:
         """Close the file."""
         self._database.close()
+
+    def ask(self, query: Callable[[Store], T]) -> T:
+        """Ask something. A fault of the disk is raised as OpdError: STORE_UNUSABLE, DISK_FULL or INTERNAL."""
+        try:
+            return query(self)
+        except sqlite3.Error as fault:
+            raise disk_error(fault) from fault
 
     # Transactions
 
@@ -83,7 +93,7 @@ class Store:
             with self._transaction():
                 return [self._attempt(action) for action in actions]
         except sqlite3.Error as fault:
-            raise _disk_error(fault) from fault
+            raise disk_error(fault) from fault
 
     def apply(self, run: Run | None, events: Sequence[Event]) -> list[Event]:
         """Write a run's new state and its events in one transaction; returns the events with their revisions."""
@@ -115,9 +125,10 @@ class Store:
         self._database.execute("SAVEPOINT action")
         try:
             result: T | Exception = action(self)
-        except sqlite3.OperationalError:
-            raise
-        except Exception as fault:  # noqa: BLE001 - it belongs to the caller of this one action
+        except Exception as fault:
+            if of_the_disk(fault):
+                raise
+            # Anything else belongs to the caller of this one action.
             self._database.execute("ROLLBACK TO action")
             result = fault
         self._database.execute("RELEASE action")
@@ -178,15 +189,24 @@ class Store:
         return [_event(row) for row in rows], batch_end
 
     def compact(self, before_revision: int) -> int:
-        """Forget events before a revision, not metrics and checkpoints; returns the oldest revision kept."""
-        before = min(before_revision, self.newest_revision() + 1)
-        with self._transaction():
-            start = self._value("SELECT MIN(revision) FROM events WHERE batch_end >= ?", (before,))
-            before = before if start is None else int(start)
-            if before > self.oldest_revision():
-                self._database.execute("DELETE FROM events WHERE revision < ?", (before,))
-                self._database.execute("INSERT OR REPLACE INTO facts VALUES ('compacted', ?)", (str(before - 1),))
+        """Forget events before a revision, not metrics and checkpoints; returns the oldest revision kept.
+
+        Events that were stored together stay together.
+        """
+        query = "SELECT revision FROM events WHERE revision < ? AND batch_end < ? ORDER BY revision DESC LIMIT 1"
+        last = self._value(query, (before_revision, before_revision))
+        if last is not None:
+            with self._transaction():
+                self._database.execute("DELETE FROM events WHERE revision <= ?", (last,))
+                self._database.execute("INSERT OR REPLACE INTO facts VALUES ('compacted', ?)", (str(last),))
         return self.oldest_revision()
+
+    def shrink(self) -> bool:
+        """Give a few unused pages back to the file system; whether there are more."""
+        before = self._value("PRAGMA freelist_count")
+        # Not `execute`, which would free a single page: SQLite frees one at each step of the statement.
+        self._database.executescript(f"PRAGMA incremental_vacuum({PAGES_AT_ONCE})")
+        return 0 < int(self._value("PRAGMA freelist_count")) < int(before)
 
     def _compacted(self) -> int:
         return int(self._value("SELECT value FROM facts WHERE name = 'compacted'") or 0)
@@ -320,25 +340,23 @@ class Store:
     # The file
 
     def _prepare(self) -> None:
-        self._database.execute("PRAGMA journal_mode = WAL")
-        self._database.execute("PRAGMA synchronous = FULL")
-        if sys.platform == "darwin":  # there, fsync alone leaves data in the drive's own cache
-            self._database.execute("PRAGMA fullfsync = 1")
-        version = int(self._value("PRAGMA user_version"))
-        if version > SCHEMA_VERSION:
+        version = schema.version_of(self._database)
+        if version > schema.VERSION:
             message = (
-                f"{self.path}: written by a newer opd (schema {version}, this one knows {SCHEMA_VERSION}); upgrade opd"
+                f"{self.path}: written by a newer opd (schema {version}, this one knows {schema.VERSION}); upgrade opd"
             )
             raise OpdError(Reason.STORE_UNUSABLE, message, path=self.path, schema=version)
-        if version == 0:
-            self._create()
-
-    def _create(self) -> None:
-        schema, store_id = resources.files("opd_daemon").joinpath("store.sql").read_text(), uuid.uuid4()
-        self._database.executescript(
-            f"BEGIN; {schema} INSERT INTO facts VALUES ('store_id', '{store_id}');"  # noqa: S608 - our own text
-            f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-        )
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = FULL")
+        # A large transaction, as of a migration, must not leave a large file behind.
+        self._database.execute(f"PRAGMA journal_size_limit = {JOURNAL_BYTES}")
+        if sys.platform == "darwin":  # there, fsync alone leaves data in the drive's own cache
+            self._database.execute("PRAGMA fullfsync = 1")
+        # A damaged page is found now, a third of a second for 100 MB, and not in the middle of a run.
+        verdict = self._value("PRAGMA quick_check(1)")
+        if verdict != "ok":
+            raise damaged(self.path, " ".join(str(verdict).split()))
+        schema.migrate(self._database)
 
     def _rows(self, query: str, values: Iterable[Any] = ()) -> list[tuple[Any, ...]]:
         return self._database.execute(query, tuple(values)).fetchall()
@@ -351,12 +369,6 @@ class Store:
 def run_not_found(run_id: str) -> OpdError:
     """The error for an unknown run."""
     return OpdError(Reason.RUN_NOT_FOUND, f"no run {run_id!r}; 'opd runs' lists them", run_id=run_id)
-
-
-def _disk_error(fault: sqlite3.Error) -> OpdError:
-    if getattr(fault, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-        return OpdError(Reason.DISK_FULL, "no space left on the daemon's disk; free some and try again")
-    return OpdError(Reason.INTERNAL, f"the daemon's store can't be written: {fault}")
 
 
 def _time(time: datetime) -> str:

@@ -1,5 +1,6 @@
--- Schema of the daemon's store, version 1. See store.py.
+-- Version 1 of the store's schema. It is never changed: what comes later is in schema.py.
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+INSERT INTO facts VALUES ('store_id', lower(hex(randomblob(16))));
 CREATE TABLE runs (
     run_id TEXT PRIMARY KEY,
     revision INTEGER NOT NULL UNIQUE,  -- of the event that accepted it: the order of creation, whatever the clock says

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from opd_daemon import schema
 from opd_daemon.errors import OpdError, Reason
-from opd_daemon.store import SCHEMA_VERSION, Store, WorkerRecord
+from opd_daemon.store import Store, WorkerRecord
 from opd_daemon.types import Event, EventKind, Plan, PlannedBytes, Run, RunState
 
 NOW = datetime(2026, 11, 23, 10, 0, 0, tzinfo=UTC)
@@ -222,7 +223,7 @@ def test_workers_are_remembered_until_they_are_seen_to_end(store: Store) -> None
 def test_a_store_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     Store(tmp_path / "opd.db").close()
     database = sqlite3.connect(tmp_path / "opd.db")
-    database.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    database.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
     database.close()
     with pytest.raises(OpdError, match="newer opd") as caught:
         Store(tmp_path / "opd.db")
