@@ -22,6 +22,7 @@ from opd_daemon.cli import (
     report,
     runs,
     serve,
+    store,
     sweep,
     teacher,
 )
@@ -56,6 +57,7 @@ app.add_typer(teacher.app, name="teacher", rich_help_panel="Daemon and teacher")
 app.command("score", rich_help_panel="Daemon and teacher")(look.score)
 app.command("generate", rich_help_panel="Daemon and teacher")(look.generate)
 app.add_typer(cache.app, name="cache", rich_help_panel="Daemon and teacher")
+app.add_typer(store.app, name="store", rich_help_panel="Daemon and teacher")
 app.command("trainers", rich_help_panel="Daemon and teacher")(plugins.trainers)
 app.command("divergences", rich_help_panel="Daemon and teacher")(plugins.divergences)
 app.command("plugins", rich_help_panel="Daemon and teacher")(plugins.plugins)
