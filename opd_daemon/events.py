@@ -7,7 +7,6 @@ waits for the log to grow. So a slow watcher costs nothing, and one that comes b
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from opd_daemon.errors import OpdError, Reason, invalid
+from opd_daemon.gauges import GaugeBoard
 from opd_daemon.store import PAGE, Store, run_not_found
+from opd_daemon.turns import Turns
 from opd_daemon.types import Event, Gauges, Run
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,11 @@ T = TypeVar("T")
 
 BOOKMARK_SECONDS = 5.0
 MAX_REVISION = 2**63 - 1
+MAX_WATCHERS = 4000
+# Takes the store about 10 ms.
+FORGOTTEN_AT_ONCE = 1000
+# Of up to `PAGE` events each. A crowd moves together, so a few places are enough for it.
+SHARED_PAGES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,9 @@ class _Commit:
 class EventLog:
     """The one owner of a store: writes are grouped into durable transactions, reads and writes run on one thread."""
 
-    def __init__(self, store: Store, *, bookmark_seconds: float = BOOKMARK_SECONDS) -> None:
+    def __init__(
+        self, store: Store, *, bookmark_seconds: float = BOOKMARK_SECONDS, max_watchers: int = MAX_WATCHERS
+    ) -> None:
         self.store_id = store.store_id
         self._store = store
         self._bookmark_seconds = bookmark_seconds
@@ -80,9 +88,13 @@ class EventLog:
         self._waiting: list[_Commit] = []
         self._writer: asyncio.Task[None] | None = None
         self._listeners: list[Callable[[Sequence[Event]], None]] = []
-        self._gauges: dict[str, tuple[int, Gauges]] = {}
-        self._gauge_numbers = itertools.count(1)
-        self._changed = asyncio.Event()
+        self._max_watchers = max_watchers
+        self._watchers = 0
+        self._gauges = GaugeBoard()
+        self._turns = Turns()
+        self._reading = asyncio.Lock()
+        self._pages: dict[tuple[int, str | None], EventBatch] = {}
+        self._version = 0
         self._closed = ""
 
     async def revision(self) -> int:
@@ -113,11 +125,16 @@ class EventLog:
 
     async def read(self, query: Callable[[Store], T]) -> T:
         """Ask the store something, on its thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, query, self._store)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._store.ask, query)
 
     async def compact(self, before_revision: int) -> None:
-        """Forget events older than `before_revision`."""
-        self._oldest = await self.read(lambda store: store.compact(before_revision))
+        """Forget events older than `before_revision` and shrink the file, in pieces so that nobody waits for it."""
+        before = min(before_revision, self._revision + 1)
+        for edge in (*range(self._oldest + FORGOTTEN_AT_ONCE, before, FORGOTTEN_AT_ONCE), before):
+            self._oldest = await self.read(partial(Store.compact, before_revision=edge))
+            self._log_changed()
+        while await self.read(Store.shrink):
+            pass
 
     async def _write(self) -> None:
         # While one group is flushed to the disk the next one gathers: that is the whole group commit.
@@ -137,7 +154,8 @@ class EventLog:
         if not events:
             return
         self._revision = events[-1].revision
-        self._wake()
+        self._log_changed()
+        self._turns.announce()
         for listener in self._listeners:
             try:
                 listener(events)
@@ -146,8 +164,18 @@ class EventLog:
 
     # Watching
 
+    @property
+    def watchers(self) -> int:
+        """How many watches are open."""
+        return self._watchers
+
     async def watch(
-        self, after_revision: int | None = None, run_id: str | None = None, *, expected_store_id: str = ""
+        self,
+        after_revision: int | None = None,
+        run_id: str | None = None,
+        *,
+        expected_store_id: str = "",
+        refusable: bool = True,
     ) -> AsyncGenerator[WatchItem, None]:
         """Follow the log from a cursor: exclusive; 0 from the oldest kept, None from now on.
 
@@ -155,30 +183,43 @@ class EventLog:
         in one batch; a bookmark when nothing came for a while; readings of gauges as they change.
 
         Raises:
-            OpdError: STORE_CHANGED, REVISION_IN_FUTURE, REVISION_COMPACTED, RUN_NOT_FOUND, INVALID_REQUEST; at the end
-                SHUTTING_DOWN.
+            OpdError: STORE_CHANGED, REVISION_IN_FUTURE, REVISION_COMPACTED, RUN_NOT_FOUND, INVALID_REQUEST;
+                TOO_MANY_WATCHERS, unless it isn't `refusable`; at the end SHUTTING_DOWN.
         """
-        cursor = await self._start(after_revision, run_id, expected_store_id)
-        yield WatchStarted(self.store_id, self._revision, self._oldest)
-        seen_gauges, spoke = 0, asyncio.get_running_loop().time()
-        while True:
-            changed, closed = self._changed, self._closed
-            said: list[WatchItem] = []
-            if cursor < self._revision:
-                events, cursor = await self._next(cursor, run_id)
-                said += [EventBatch(tuple(events), cursor)] if events else []
-            readings, seen_gauges = self._gauges_since(seen_gauges, run_id)
-            said += [GaugeReadings(entry) for entry in readings]
-            now = asyncio.get_running_loop().time()
-            if not any(isinstance(item, EventBatch) for item in said) and now - spoke >= self._bookmark_seconds:
-                said.append(Bookmark(cursor))
-            for item in said:
+        if refusable and self._watchers >= self._max_watchers:
+            raise _crowded(self._watchers)
+        self._watchers += 1
+        try:
+            cursor = await self._start(after_revision, run_id, expected_store_id)
+            yield WatchStarted(self.store_id, self._revision, self._oldest)
+            async for item in self._follow(cursor, run_id):
                 yield item
-                spoke = spoke if isinstance(item, GaugeReadings) else asyncio.get_running_loop().time()
-            if cursor >= self._revision:
-                if closed:
-                    raise OpdError(Reason.SHUTTING_DOWN, closed)
-                await _wait(changed, self._bookmark_seconds - (asyncio.get_running_loop().time() - spoke))
+        finally:
+            self._watchers -= 1
+
+    async def _follow(self, cursor: int, run_id: str | None) -> AsyncGenerator[WatchItem, None]:
+        now = asyncio.get_running_loop().time
+        seen, spoke = 0, now()
+        while True:
+            if cursor < self._revision or seen < self._gauges.number:
+                await self._turns.take()
+            elif self._closed:
+                raise OpdError(Reason.SHUTTING_DOWN, self._closed)
+            else:
+                await self._turns.wait(self._bookmark_seconds - (now() - spoke))
+            readings, seen = self._gauges.since(seen, run_id), self._gauges.number
+            batch = EventBatch((), cursor)
+            if cursor < self._revision:
+                batch = await self._page(cursor, run_id)
+                cursor = batch.revision
+            if batch.events:
+                yield batch
+                spoke = now()
+            for gauges in readings:
+                yield GaugeReadings(gauges)
+            if now() - spoke >= self._bookmark_seconds:
+                yield Bookmark(cursor)
+                spoke = now()
 
     async def _start(self, after_revision: int | None, run_id: str | None, expected_store_id: str) -> int:
         if self._closed:
@@ -204,14 +245,36 @@ class EventLog:
         if 0 < cursor < self._oldest - 1:
             raise self._compacted(cursor)
 
-    async def _next(self, cursor: int, run_id: str | None) -> tuple[list[Event], int]:
+    async def _page(self, cursor: int, run_id: str | None) -> EventBatch:
+        """What comes after a cursor. Watchers at the same place get the same object, read once.
+
+        One page is read at a time: whoever wants to write waits behind one read, not behind those of a crowd.
+        """
+        place = (cursor, run_id)
+        async with self._reading:
+            if place not in self._pages:
+                version = self._version
+                page = await self._read_page(cursor, run_id)
+                if version != self._version:
+                    return page
+                self._pages[place] = page
+                if len(self._pages) > SHARED_PAGES:
+                    del self._pages[next(iter(self._pages))]
+            return self._pages[place]
+
+    async def _read_page(self, cursor: int, run_id: str | None) -> EventBatch:
         # Events may be forgotten while a watcher sleeps: that must never look like silence.
         (events, after), oldest = await self.read(
             lambda store: (store.events_after(cursor, run_id, PAGE), store.oldest_revision())
         )
         if cursor < oldest - 1:
             raise self._compacted(cursor)
-        return events, after
+        return EventBatch(tuple(events), after)
+
+    def _log_changed(self) -> None:
+        """The log has grown or was shortened: what was read of it is no longer all there is."""
+        self._version += 1
+        self._pages.clear()
 
     def _compacted(self, cursor: int) -> OpdError:
         message = (
@@ -227,29 +290,20 @@ class EventLog:
 
     def publish_gauges(self, gauges: Gauges) -> None:
         """Replace a run's readings; watchers see the newest ones only. Empty readings are a mere sign of life."""
-        if not gauges.values:
-            return
-        self._gauges[gauges.run_id] = (next(self._gauge_numbers), gauges)
-        self._wake()
+        if gauges.values:
+            self._gauges.put(gauges)
+            self._turns.announce()
 
     def forget_gauges(self, run_id: str) -> None:
         """A run that rests has no readings."""
-        self._gauges.pop(run_id, None)
-
-    def _gauges_since(self, number: int, run_id: str | None) -> tuple[list[Gauges], int]:
-        fresh = [
-            entry for entry in self._gauges.values() if entry[0] > number and run_id in (None, "", entry[1].run_id)
-        ]
-        return [gauges for _, gauges in sorted(fresh, key=lambda entry: entry[0])], max(
-            [number, *(entry[0] for entry in fresh)]
-        )
+        self._gauges.forget(run_id)
 
     # The end
 
     def close(self, reason: str) -> None:
         """End every watch with SHUTTING_DOWN, once it has seen all that happened."""
         self._closed = reason
-        self._wake()
+        self._turns.announce()
 
     async def aclose(self) -> None:
         """Wait for what is still being written, then close the store. Nothing can be written or read afterwards."""
@@ -258,10 +312,6 @@ class EventLog:
             await self._writer
         await self.read(Store.close)
         self._thread.shutdown(wait=False)
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
 
 
 def _write_group(actions: Sequence[Callable[[Store], Any]], store: Store) -> tuple[list[Any], list[Event]]:
@@ -283,8 +333,9 @@ def _settle(done: asyncio.Future[Any], outcome: Any) -> None:
         done.set_result(outcome)
 
 
-async def _wait(changed: asyncio.Event, seconds: float) -> None:
-    try:
-        await asyncio.wait_for(changed.wait(), max(seconds, 0.0))
-    except TimeoutError:
-        return
+def _crowded(watchers: int) -> OpdError:
+    message = (
+        f"{watchers} watches are open, as many as this daemon allows: close some, "
+        "or start the daemon with a larger --max-watchers"
+    )
+    return OpdError(Reason.TOO_MANY_WATCHERS, message, watchers=watchers)

@@ -37,6 +37,9 @@ def serve(
     teacher: str | None = typer.Option(None, metavar="PATH", help="Load this teacher at the start."),
     cache_limit: str = typer.Option("20GB", metavar="SIZE", help="Size the teacher cache may grow to."),
     max_runs: int = typer.Option(1, min=1, help="Runs that train at the same time; more of them wait."),
+    max_watchers: int = typer.Option(4000, min=1, help="Watches that may be open at the same time, besides workers'."),
+    keep_days: int = typer.Option(30, min=1, max=36_500, metavar="DAYS", help="Age at which events are forgotten."),
+    keep_events: str = typer.Option("256MB", metavar="SIZE", help="Size of the events that are kept, the newest."),
     stop_grace: float = typer.Option(
         60.0, min=0.0, metavar="SECONDS", help="Time workers have for a checkpoint at the end."
     ),
@@ -49,12 +52,14 @@ def serve(
     if log_level not in ("debug", "info", "warning", "error"):
         raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error", param_hint="--log-level")
     limit = text.parse_size(cache_limit, "--cache-limit")
+    event_bytes = text.parse_size(keep_events, "--keep-events")
     if (tls_cert is None) != (tls_key is None):
         raise typer.BadParameter("a certificate and its key go together", param_hint="--tls-cert and --tls-key")
     if (tls_cert or tls_client_ca) and not (listen and tls_cert):
         raise typer.BadParameter("TLS is for --listen, with --tls-cert and --tls-key", param_hint="--tls-…")
 
     from opd_daemon.home import Home
+    from opd_daemon.retention import Retention
     from opd_daemon.rpc.listening import Listener, ServerTls
     from opd_daemon.rpc.server import ServeSettings
     from opd_daemon.rpc.server import serve as serve_until_stopped
@@ -70,6 +75,8 @@ def serve(
         cache_limit_bytes=limit,
         teacher_path=model_argument(teacher) if teacher else None,
         max_concurrent_runs=max_runs,
+        max_watchers=max_watchers,
+        retention=Retention(keep_days, event_bytes),
         stop_grace_seconds=stop_grace,
         log_level=log_level,
     )

@@ -6,16 +6,17 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 
 from opd_daemon.distill.preflight import check_run
 from opd_daemon.errors import OpdError, Reason
-from opd_daemon.events import EventLog
+from opd_daemon.events import MAX_WATCHERS, EventLog
 from opd_daemon.home import Home
 from opd_daemon.paths import AllowedRoots
 from opd_daemon.plugins import PluginRegistry
+from opd_daemon.retention import Retention, retain
 from opd_daemon.runs.attempt import Preflight, Teaching
 from opd_daemon.runs.calibration import Calibrations
 from opd_daemon.runs.comparison import Comparisons
@@ -37,11 +38,13 @@ ALL_RUNS = 500
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one daemon may take: bytes of teacher cache on disk, runs at a time, seconds to stop one."""
+    """What one daemon may take: bytes of teacher cache, runs at a time, seconds to stop one, watches, kept events."""
 
     cache_bytes: int
     concurrent_runs: int
     stop_grace_seconds: float
+    watchers: int = MAX_WATCHERS
+    retention: Retention = field(default_factory=Retention)
 
 
 class ResidentTeacher:
@@ -109,7 +112,7 @@ class Daemon:
         Raises:
             OpdError: the store is damaged or of a newer version.
         """
-        events = EventLog(await asyncio.to_thread(Store, home.database))
+        events = EventLog(await asyncio.to_thread(Store, home.database), max_watchers=limits.watchers)
         plugins = await asyncio.to_thread(PluginRegistry.discover)
         for failed in plugins.failed:
             log.warning("plugin %s is not in use: %s", failed.name, failed.error)
@@ -131,10 +134,12 @@ class Daemon:
         comparisons = Comparisons(home, events, workers=workers, runs=runs, teacher=service)
         uploads = Uploads(home.uploads)
         await asyncio.to_thread(uploads.remove_partial)
+        retaining = asyncio.create_task(retain(events, home.database, limits.retention))
         try:
             yield cls(home, events, plugins, teacher, workers, runs, comparisons, uploads)
         finally:
             await service.close()
+            retaining.cancel()
             await events.aclose()
 
     async def begin(self, address: str) -> None:

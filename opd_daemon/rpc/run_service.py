@@ -54,6 +54,8 @@ class RunServicer(rpc.RunServiceServicer):
         self._comparisons = comparisons
         self._uploads = uploads
         self._roots = roots
+        self._said: WatchItem | None = None
+        self._answer = pb.WatchEventsResponse()
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.CreateRunResponse:
         if len(request.request_id) > MAX_REQUEST_ID:
@@ -139,11 +141,20 @@ class RunServicer(rpc.RunServiceServicer):
             await self._runs.get(request.run_id)
         after = request.after_revision if request.HasField("after_revision") else None
         items = self._events.watch(
-            after_revision=after, run_id=request.run_id or None, expected_store_id=request.expected_store_id
+            after_revision=after,
+            run_id=request.run_id or None,
+            expected_store_id=request.expected_store_id,
+            refusable=not caller.get().run_id,  # a worker learns by its watch that it shall stop
         )
         async with aclosing(items):
             async for item in items:
-                yield _watch_response(item)
+                yield self._watch_response(item)
+
+    def _watch_response(self, item: WatchItem) -> pb.WatchEventsResponse:
+        # A crowd of watchers is given the same batch, one after the other: it is translated once.
+        if item is not self._said:
+            self._said, self._answer = item, _watch_response(item)
+        return self._answer
 
     async def DownloadReport(
         self, request: pb.DownloadReportRequest, context: Context

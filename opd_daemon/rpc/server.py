@@ -24,9 +24,11 @@ from grpc_reflection.v1alpha import reflection
 import opd_daemon
 from opd_daemon.addresses import is_loopback
 from opd_daemon.errors import OpdError, Reason
+from opd_daemon.events import MAX_WATCHERS
 from opd_daemon.home import Home
 from opd_daemon.logs import log_to_file, log_to_stderr
 from opd_daemon.paths import AllowedRoots
+from opd_daemon.retention import Retention
 from opd_daemon.rpc.access import Gate
 from opd_daemon.rpc.assembly import Daemon, Limits
 from opd_daemon.rpc.catalog_service import CatalogServicer
@@ -85,6 +87,8 @@ class ServeSettings:
     cache_limit_bytes: int = 20 << 30
     teacher_path: str | None = None
     max_concurrent_runs: int = 1
+    max_watchers: int = MAX_WATCHERS
+    retention: Retention = field(default_factory=Retention)
     stop_grace_seconds: float = 60.0
     log_level: str = "info"
 
@@ -108,7 +112,13 @@ async def _serve(settings: ServeSettings) -> None:
     stop = asyncio.Event()
     _watch_for_stop(stop, settings.until_stdin_closes)
     token = kept_token(settings.token_file) if settings.token_file else secrets.token_urlsafe(32)
-    limits = Limits(settings.cache_limit_bytes, settings.max_concurrent_runs, settings.stop_grace_seconds)
+    limits = Limits(
+        settings.cache_limit_bytes,
+        settings.max_concurrent_runs,
+        settings.stop_grace_seconds,
+        settings.max_watchers,
+        settings.retention,
+    )
     remote = settings.listener is not None and not is_loopback(settings.listener.host)
     roots = AllowedRoots.default(settings.home, settings.allowed_roots, remote=remote)
     async with Daemon.open(settings.home, limits, roots) as daemon:

@@ -36,7 +36,6 @@ from opd_daemon.types import Checkpoint, Event, EventKind, Run, RunState
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_SECONDS = 60.0
-RETAINED_EVENTS = 1_000_000
 
 # Inside the class, `list` is the method.
 Runs = list[Run]
@@ -358,7 +357,6 @@ class RunManager:
             await self._ledger.enter(
                 stored.run.run_id, RunState.INTERRUPTED, message=message, error_reason=Reason.DAEMON_DIED
             )
-        await self._events.compact(await self._events.revision() - RETAINED_EVENTS + 1)
         self._scheduler.start()
 
     async def close(self, grace: float = STOP_GRACE_SECONDS) -> None:
