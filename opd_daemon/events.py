@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from opd_daemon.errors import OpdError, Reason, invalid
+from opd_daemon.failpoints import hit
 from opd_daemon.gauges import GaugeBoard
 from opd_daemon.store import PAGE, Store, run_not_found
 from opd_daemon.turns import Turns
@@ -145,6 +146,7 @@ class EventLog:
                 outcomes, events = await self.read(partial(_write_group, actions))
             except Exception as fault:  # noqa: BLE001 - handed to everyone who waits for this group
                 outcomes, events = [fault] * len(group), []
+            hit("events.publish")
             self._publish(events)
             for entry, outcome in zip(group, outcomes, strict=True):
                 _settle(entry.done, outcome)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from opd_daemon import schema
 from opd_daemon.errors import OpdError, Reason
+from opd_daemon.failpoints import hit
 from opd_daemon.store_faults import damaged, disk_error, of_the_disk, unusable
 from opd_daemon.types import Checkpoint, Event, EventKind, Plan, PlannedBytes, Run, RunState
 
@@ -27,6 +28,7 @@ MEASURED = (EventKind.METRICS, EventKind.EVALUATION)
 PAGE = 256
 PAGES_AT_ONCE = 256
 JOURNAL_BYTES = 64 << 20
+DELETED = "deleted:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +58,10 @@ class Store:
             OpdError: STORE_UNUSABLE when the file is no store, is damaged, or was written by a newer version.
         """
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        except sqlite3.Error as fault:
+        except (OSError, sqlite3.Error) as fault:
             raise unusable(path, fault) from None
         try:
             self._prepare()
@@ -70,6 +72,7 @@ class Store:
         except OpdError:
             self._database.close()
             raise
+        self._file = _identity(path)
 
     def close(self) -> None:
         """Close the file."""
@@ -92,7 +95,7 @@ class Store:
         try:
             with self._transaction():
                 return [self._attempt(action) for action in actions]
-        except sqlite3.Error as fault:
+        except (OSError, sqlite3.Error) as fault:
             raise disk_error(fault) from fault
 
     def apply(self, run: Run | None, events: Sequence[Event]) -> list[Event]:
@@ -106,20 +109,31 @@ class Store:
     def write(self, run: Run | None, events: Sequence[Event]) -> list[Event]:
         """The action of `apply`, for use inside a transaction."""
         stored = self.append(events)
+        hit("store.state")
         if run is not None:
             self.update_run(run)
         return stored
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
+        self._require_file()
         self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
+            hit("store.commit.before")
+            hit("disk.write")
             self._database.execute("COMMIT")
         except BaseException:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             raise
+        hit("store.commit.after")
+
+    def _require_file(self) -> None:
+        # SQLite would go on writing to a file that has no name any more, and all of it would be lost.
+        if _identity(self.path) != self._file:
+            message = "the daemon's store was moved or deleted while it ran; put it back or restart the daemon"
+            raise OpdError(Reason.STORE_UNUSABLE, message)
 
     def _attempt(self, action: Callable[[Store], T]) -> T | Exception:
         self._database.execute("SAVEPOINT action")
@@ -198,6 +212,7 @@ class Store:
         if last is not None:
             with self._transaction():
                 self._database.execute("DELETE FROM events WHERE revision <= ?", (last,))
+                hit("store.compact")
                 self._database.execute("INSERT OR REPLACE INTO facts VALUES ('compacted', ?)", (str(last),))
         return self.oldest_revision()
 
@@ -289,14 +304,28 @@ class Store:
         return [StoredRun(_run(document), revision) for document, revision in self._rows(query, values)]
 
     def delete_run(self, run_id: str) -> None:
-        """Forget a run, its metrics and checkpoints; inside a transaction. Its events stay: the log has no gaps."""
+        """Forget a run, its metrics and checkpoints; inside a transaction. Its events stay: the log has no gaps.
+
+        It is among the `deleted_runs` until `forget_deleted`, so that its files go even after a crash.
+        """
+        self._database.execute("INSERT OR REPLACE INTO facts VALUES (?, '')", (DELETED + run_id,))
         for table in ("runs", "metrics", "checkpoints", "workers"):
             self._database.execute(f"DELETE FROM {table} WHERE run_id = ?", (run_id,))  # noqa: S608
+
+    def deleted_runs(self) -> list[str]:
+        """Deleted runs whose files may still be there."""
+        rows = self._rows("SELECT name FROM facts WHERE name LIKE ?", (f"{DELETED}%",))
+        return [row[0].removeprefix(DELETED) for row in rows]
+
+    def forget_deleted(self, run_id: str) -> None:
+        """The files of a deleted run are gone; inside a transaction."""
+        self._database.execute("DELETE FROM facts WHERE name = ?", (DELETED + run_id,))
 
     def rewind(self, run_id: str, step: int) -> None:
         """Forget metrics and checkpoints after `step`: a resumed run makes them again; inside a transaction."""
         for table in ("metrics", "checkpoints"):
             self._database.execute(f"DELETE FROM {table} WHERE run_id = ? AND step > ?", (run_id, step))  # noqa: S608
+        hit("store.rewind")
 
     # What belongs to a run
 
@@ -369,6 +398,15 @@ class Store:
 def run_not_found(run_id: str) -> OpdError:
     """The error for an unknown run."""
     return OpdError(Reason.RUN_NOT_FOUND, f"no run {run_id!r}; 'opd runs' lists them", run_id=run_id)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file lies at a path; None when there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _time(time: datetime) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from pathlib import Path
 
@@ -12,7 +13,9 @@ DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 def of_the_disk(fault: Exception) -> bool:
     """Whether a fault is the file's or the disk's, and not that of one statement."""
-    return isinstance(fault, sqlite3.OperationalError) or (isinstance(fault, sqlite3.Error) and _code(fault) in DAMAGE)
+    if isinstance(fault, OSError | sqlite3.OperationalError):
+        return True
+    return isinstance(fault, sqlite3.Error) and _code(fault) in DAMAGE
 
 
 def damaged(path: Path, what: str) -> OpdError:
@@ -21,11 +24,11 @@ def damaged(path: Path, what: str) -> OpdError:
     return OpdError(Reason.STORE_UNUSABLE, f"{path}: damaged, or no store ({what}); {cure}", path=path)
 
 
-def unusable(path: Path, fault: sqlite3.Error) -> OpdError:
+def unusable(path: Path, fault: OSError | sqlite3.Error) -> OpdError:
     """The error for a file that can't be opened, or can't be trusted."""
-    code = _code(fault)
-    if code == sqlite3.SQLITE_FULL:
+    if _no_space(fault):
         return _disk_full()
+    code = _code(fault)
     if code in DAMAGE:
         return damaged(path, str(fault))
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
@@ -35,12 +38,11 @@ def unusable(path: Path, fault: sqlite3.Error) -> OpdError:
     return OpdError(Reason.STORE_UNUSABLE, message, path=path)
 
 
-def disk_error(fault: sqlite3.Error) -> OpdError:
+def disk_error(fault: OSError | sqlite3.Error) -> OpdError:
     """The error for an open store that can't be read or written any more: DISK_FULL, STORE_UNUSABLE or INTERNAL."""
-    code = _code(fault)
-    if code == sqlite3.SQLITE_FULL:
+    if _no_space(fault):
         return _disk_full()
-    if code in DAMAGE:
+    if _code(fault) in DAMAGE:
         message = "the daemon's store is damaged; stop the daemon, and 'opd store check' tells what is wrong"
         return OpdError(Reason.STORE_UNUSABLE, message)
     return OpdError(Reason.INTERNAL, f"the daemon's store can't be used: {fault}")
@@ -50,6 +52,10 @@ def _disk_full() -> OpdError:
     return OpdError(Reason.DISK_FULL, "no space left on the daemon's disk; free some and try again")
 
 
-def _code(fault: sqlite3.Error) -> int:
+def _no_space(fault: OSError | sqlite3.Error) -> bool:
+    return _code(fault) == sqlite3.SQLITE_FULL or getattr(fault, "errno", None) == errno.ENOSPC
+
+
+def _code(fault: OSError | sqlite3.Error) -> int:
     """The primary result code of SQLite; 0 where the fault is not SQLite's own."""
     return getattr(fault, "sqlite_errorcode", 0) & 0xFF

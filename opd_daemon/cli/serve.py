@@ -43,6 +43,12 @@ def serve(
     stop_grace: float = typer.Option(
         60.0, min=0.0, metavar="SECONDS", help="Time workers have for a checkpoint at the end."
     ),
+    stall_warning: float = typer.Option(
+        10.0, min=0.0, metavar="MINUTES", help="Warn in a run's events when it makes no progress so long; 0: never."
+    ),
+    stall_limit: float = typer.Option(
+        0.0, min=0.0, metavar="MINUTES", help="End a worker that makes no progress so long; 0: never."
+    ),
     log_level: str = typer.Option("info", help="debug, info, warning or error."),
     until_stdin_closes: bool = typer.Option(
         False, help="Stop when standard input closes: for programs that start opd."
@@ -63,6 +69,7 @@ def serve(
     from opd_daemon.rpc.listening import Listener, ServerTls
     from opd_daemon.rpc.server import ServeSettings
     from opd_daemon.rpc.server import serve as serve_until_stopped
+    from opd_daemon.runs.stall import StallPolicy
 
     tls = ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None
     settings = ServeSettings(
@@ -78,6 +85,7 @@ def serve(
         max_watchers=max_watchers,
         retention=Retention(keep_days, event_bytes),
         stop_grace_seconds=stop_grace,
+        stall=StallPolicy(60.0 * stall_warning, 60.0 * stall_limit),
         log_level=log_level,
     )
     return serve_until_stopped(settings) or exits.OK

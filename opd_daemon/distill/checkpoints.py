@@ -18,6 +18,7 @@ from opd_daemon.distill.files import write_file, write_folder
 from opd_daemon.distill.model_card import is_card
 from opd_daemon.distill.peft import PEFT_WEIGHTS
 from opd_daemon.errors import OpdError, Reason
+from opd_daemon.failpoints import hit
 from opd_daemon.models.folder import read_header
 
 OPTIMIZER = "optimizer.safetensors"
@@ -69,12 +70,14 @@ class Checkpoints:
             write_file(folder / STATE, json.dumps(asdict(progress), indent=2).encode())
 
         write_folder(path, fill)
+        hit("checkpoint.saved")
         for old in step_folders(self.folder)[: -self.keep_last]:
             shutil.rmtree(old)
         return path
 
     def save_named(self, name: str, save: Callable[[Path], None]) -> Path:
         """Write `best/` or `final/`, replacing an earlier one whole."""
+        hit("checkpoint.named")
         write_folder(self.folder / name, save)
         return self.folder / name
 
@@ -149,3 +152,4 @@ def copy_adapter(source: Path, target: Path) -> None:
     for path in files:
         if path.name != CARD or is_card(target / CARD) or not (target / CARD).exists():
             write_file(target / path.name, path.read_bytes())
+            hit("adapter.copy")

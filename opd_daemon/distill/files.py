@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from opd_daemon.errors import OpdError, Reason
+from opd_daemon.failpoints import hit
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -22,11 +23,13 @@ def write_file(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        hit("disk.write")
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        hit("disk.rename")
         temporary.replace(path)
     except OSError as fault:
         with suppress(OSError):
@@ -37,6 +40,7 @@ def write_file(path: Path, content: bytes) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append one line to a log that is read while it grows. Raises as `write_file` does."""
     try:
+        hit("disk.write")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -53,15 +57,19 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     old = path.with_name(f".{path.name}.old")
     try:
+        hit("disk.write")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         fill(temporary)
         sync_folder(temporary)
+        hit("folder.filled")
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
+            hit("folder.moved")
         temporary.rename(path)
         sync_folder(path.parent)
+        hit("folder.placed")
         shutil.rmtree(old, ignore_errors=True)
     except OSError as fault:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -13,6 +13,7 @@ from opd_daemon.distill.checkpoints import folder_bytes
 from opd_daemon.distill.files import append_line, sync_file
 from opd_daemon.distill.rollouts import Rollout, RolloutLog, forget_after
 from opd_daemon.distill.token_table import TokenTable, read_token_tables, write_token_tables
+from opd_daemon.failpoints import hit
 from opd_daemon.home import RunFolders
 from opd_daemon.trainer import Reporter
 from opd_daemon.types import EvaluationMetrics, EventKind, StepMetrics
@@ -115,4 +116,5 @@ class Journal:
     def _write(self, path: Path, kind: EventKind, payload: dict[str, Any]) -> None:
         line = json.dumps(payload)
         append_line(path, line)
+        hit("journal.append")
         self.reporter.event(kind, json.loads(line))  # the same plain values in both places

@@ -17,6 +17,7 @@ from opd_daemon.distill.data import Prompt
 from opd_daemon.distill.decoding import Continuation, Sampling, Stopped, decode
 from opd_daemon.distill.files import append_line, write_file
 from opd_daemon.errors import OpdError, Reason
+from opd_daemon.failpoints import hit
 from opd_daemon.trainer import Teacher
 from opd_daemon.types import Float32, GenerateRequest, Int32
 
@@ -175,6 +176,7 @@ class RolloutLog:
                 "completion_ids": list(rollout.completion_ids),
             }
             append_line(self.path, json.dumps(row, ensure_ascii=False))
+            hit("rollouts.append")
 
 
 def read_rollouts(path: Path, prompts: Mapping[int, Prompt]) -> list[Rollout]:

@@ -13,6 +13,7 @@ from functools import partial
 from opd_daemon.distill.preflight import check_run
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.events import MAX_WATCHERS, EventLog
+from opd_daemon.failpoints import hit
 from opd_daemon.home import Home
 from opd_daemon.paths import AllowedRoots
 from opd_daemon.plugins import PluginRegistry
@@ -22,6 +23,7 @@ from opd_daemon.runs.calibration import Calibrations
 from opd_daemon.runs.comparison import Comparisons
 from opd_daemon.runs.manager import RunManager
 from opd_daemon.runs.plans import Planner
+from opd_daemon.runs.stall import USUAL, StallPolicy
 from opd_daemon.runs.states import LIVE
 from opd_daemon.runs.uploads import Uploads
 from opd_daemon.runs.workers import Workers
@@ -38,13 +40,17 @@ ALL_RUNS = 500
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one daemon may take: bytes of teacher cache, runs at a time, seconds to stop one, watches, kept events."""
+    """What one daemon may take: bytes of teacher cache, runs at a time, watches, kept events; its patience with runs.
+
+    stop_grace_seconds: for one that is to stop. stall: for one that doesn't get on.
+    """
 
     cache_bytes: int
     concurrent_runs: int
     stop_grace_seconds: float
     watchers: int = MAX_WATCHERS
     retention: Retention = field(default_factory=Retention)
+    stall: StallPolicy = USUAL
 
 
 class ResidentTeacher:
@@ -130,6 +136,7 @@ class Daemon:
             teaching=Teaching(teacher.path, teacher.ensure),
             max_concurrent_runs=limits.concurrent_runs,
             stop_grace=limits.stop_grace_seconds,
+            stall=limits.stall,
         )
         comparisons = Comparisons(home, events, workers=workers, runs=runs, teacher=service)
         uploads = Uploads(home.uploads)
@@ -151,6 +158,7 @@ class Daemon:
         """Let workers write their checkpoints, then end the watches and say goodbye to the plugins."""
         await self.comparisons.close()
         await self.runs.close(grace)
+        hit("drain.runs")
         self.events.close("the daemon stops; resume this watch when it is back")
         await asyncio.to_thread(self.plugins.daemon_stopping, PLUGIN_SECONDS)
 

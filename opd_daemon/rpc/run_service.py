@@ -11,6 +11,7 @@ from opd_daemon.config import PRESETS
 from opd_daemon.distill.adapter import adapter_files
 from opd_daemon.errors import FieldViolation, OpdError, Reason, invalid, violations_error
 from opd_daemon.events import Bookmark, EventBatch, EventLog, GaugeReadings, WatchItem, WatchStarted
+from opd_daemon.failpoints import hit
 from opd_daemon.paths import AllowedRoots
 from opd_daemon.rpc.access import caller
 from opd_daemon.rpc.interceptor import Context
@@ -131,6 +132,7 @@ class RunServicer(rpc.RunServiceServicer):
             for offset in range(0, len(data), CHUNK_BYTES):
                 piece = data[offset : offset + CHUNK_BYTES]
                 yield pb.DownloadAdapterResponse(file_name=path.name, file_bytes=len(data), offset=offset, data=piece)
+                hit("adapter.stream")
 
     async def WatchEvents(
         self, request: pb.WatchEventsRequest, context: Context

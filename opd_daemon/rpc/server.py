@@ -25,6 +25,7 @@ import opd_daemon
 from opd_daemon.addresses import is_loopback
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.events import MAX_WATCHERS
+from opd_daemon.failpoints import hit
 from opd_daemon.home import Home
 from opd_daemon.logs import log_to_file, log_to_stderr
 from opd_daemon.paths import AllowedRoots
@@ -37,6 +38,7 @@ from opd_daemon.rpc.listening import Listener
 from opd_daemon.rpc.run_service import RunServicer
 from opd_daemon.rpc.teacher_service import TeacherServicer
 from opd_daemon.rpc.worker_service import WorkerServicer
+from opd_daemon.runs.stall import USUAL, StallPolicy
 from opd_daemon.token_file import kept_token
 from opd_daemon.v1 import (
     catalog_pb2,
@@ -90,6 +92,7 @@ class ServeSettings:
     max_watchers: int = MAX_WATCHERS
     retention: Retention = field(default_factory=Retention)
     stop_grace_seconds: float = 60.0
+    stall: StallPolicy = USUAL
     log_level: str = "info"
 
 
@@ -113,11 +116,12 @@ async def _serve(settings: ServeSettings) -> None:
     _watch_for_stop(stop, settings.until_stdin_closes)
     token = kept_token(settings.token_file) if settings.token_file else secrets.token_urlsafe(32)
     limits = Limits(
-        settings.cache_limit_bytes,
-        settings.max_concurrent_runs,
-        settings.stop_grace_seconds,
-        settings.max_watchers,
-        settings.retention,
+        cache_bytes=settings.cache_limit_bytes,
+        concurrent_runs=settings.max_concurrent_runs,
+        stop_grace_seconds=settings.stop_grace_seconds,
+        watchers=settings.max_watchers,
+        retention=settings.retention,
+        stall=settings.stall,
     )
     remote = settings.listener is not None and not is_loopback(settings.listener.host)
     roots = AllowedRoots.default(settings.home, settings.allowed_roots, remote=remote)
@@ -137,6 +141,7 @@ async def _serve(settings: ServeSettings) -> None:
             if preload:
                 preload.cancel()
             await serving.enter_graceful_shutdown()
+            hit("drain.health")
             await daemon.end(settings.stop_grace_seconds)
             await server.stop(RPC_GRACE_SECONDS)
 
@@ -219,6 +224,7 @@ def _publish(path: Path, facts: dict[str, object]) -> None:
         json.dump(facts, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    hit("discovery.write")
     temporary.replace(path)
 
 
@@ -251,6 +257,8 @@ def _watch_for_stop(stop: asyncio.Event, until_stdin_closes: bool) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _stop_once, stop)
+    # A terminal that closes is no reason to end a night of training.
+    loop.add_signal_handler(signal.SIGHUP, log.warning, "SIGHUP: going on; SIGTERM stops the daemon")
     if until_stdin_closes:
         # A thread, as not everything that may be standard input can be polled.
         threading.Thread(target=_stop_at_end_of_input, args=(loop, stop), daemon=True).start()

@@ -74,7 +74,7 @@ class WorkerServicer(rpc.WorkerServiceServicer):
                     await self._runs.report(run_id, Event(event.kind, run_id, event.payload, event.time))
             case "gauges":
                 gauges = gauges_from_proto(message.gauges)
-                self._events.publish_gauges(Gauges(run_id, gauges.time, gauges.values))
+                self._runs.read_gauges(Gauges(run_id, gauges.time, gauges.values))
             case "running":
                 await self._runs.running(run_id)
             case "outcome":

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from opd_daemon.config import RunConfig, parse_config
 from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
 from opd_daemon.events import EventLog
+from opd_daemon.failpoints import hit
 from opd_daemon.home import Home
 from opd_daemon.logs import run_id
 from opd_daemon.plugins import PluginRegistry
@@ -23,6 +24,7 @@ from opd_daemon.runs.ledger import Ledger
 from opd_daemon.runs.memory import kills_for_memory, memory_ended
 from opd_daemon.runs.plans import PlanRequest
 from opd_daemon.runs.resumption import Resumption
+from opd_daemon.runs.stall import USUAL, StallClock, StallPolicy
 from opd_daemon.runs.states import TRANSITIONS, moved
 from opd_daemon.runs.workers import WorkerProcess, Workers, meaning_of_exit
 from opd_daemon.trainer import TrainerInfo
@@ -35,6 +37,8 @@ T = TypeVar("T")
 # A worker that has reported its outcome has nothing left to do.
 GOODBYE_SECONDS = 10.0
 DISK_RETRY_SECONDS = 5.0
+# What the store says when it can't be written to, which may pass.
+UNSTORED = frozenset({Reason.DISK_FULL, Reason.STORE_UNUSABLE, Reason.INTERNAL})
 # An eighth of a micro-batch that doesn't fit won't be saved by a sixteenth.
 MOST_HALVINGS = 3
 
@@ -70,6 +74,7 @@ class RunServices:
     teaching: Teaching
     stop_grace: float
     ledger: Ledger
+    stall: StallPolicy = USUAL
 
 
 class _Ended(Exception):
@@ -88,7 +93,9 @@ class Attempt:
         self._deadline: float | None = None
         self._shutting_down = False
         self._overdue = False
+        self._stalled = False
         self._memory_ran_out = False
+        self._stall: StallClock | None = None
 
     async def carry_out(self) -> None:
         """Do it all; the run is at rest afterwards, whatever happened."""
@@ -119,6 +126,11 @@ class Attempt:
         """The worker has reported its outcome and will go."""
         self._hurry(GOODBYE_SECONDS)
 
+    def progressed(self) -> None:
+        """The worker has got somewhere: it has said something."""
+        if self._stall:
+            self._stall.progressed(asyncio.get_running_loop().time())
+
     def memory_ran_out(self) -> None:
         """The worker has found no memory, has saved what it could, and will go."""
         self._memory_ran_out = True
@@ -131,7 +143,7 @@ class Attempt:
         return RunState.STOPPED, "", ""
 
     async def _prepare(self) -> None:
-        await self._enter(RunState.PLANNING)
+        await self._begin()
         trainer = self._services.plugins.trainer(self.config.trainer)
         violations = await asyncio.to_thread(self._services.preflight.check, self.config, trainer)
         if violations:
@@ -143,6 +155,17 @@ class Attempt:
             await self._say(f"loading the teacher {Path(self.config.teacher_model_path).name}")
         await self._unless_stopped(self._services.teaching.ensure(self.config.teacher_model_path))
         await self._enter(RunState.LOADING, plan=plan)
+
+    async def _begin(self) -> None:
+        """Leave PENDING; a run that has not begun can't fail, so a disk that takes nothing is waited for."""
+        while True:
+            try:
+                return await self._enter(RunState.PLANNING)
+            except OpdError as fault:
+                if fault.reason not in UNSTORED:
+                    raise
+                logger.warning("run %s can't begin yet: %s", self.run_id, fault)
+            await self._unless_stopped(asyncio.sleep(DISK_RETRY_SECONDS))
 
     async def _say(self, text: str, level: str = "info") -> None:
         event = Event(EventKind.LOG, self.run_id, {"level": level, "text": text}, datetime.now(UTC))
@@ -183,26 +206,55 @@ class Attempt:
             raise OpdError(Reason.WORKER_DIED, message) from fault
         try:
             record = worker.record()
+            hit("worker.started")
             await self._services.events.commit(lambda store: store.put_worker(record))
+            hit("worker.recorded")
+            worker.release()
             code = await self._see_through(worker)
             return await self._after_exit(worker, code, kills_for_memory() - kills)
         finally:
             await worker.terminate()
             self._services.workers.discharge(worker)
             await self._services.events.commit(lambda store: store.forget_worker(self.run_id))
+            hit("worker.forgotten")
 
     async def _see_through(self, worker: WorkerProcess) -> int:
         ended = asyncio.create_task(worker.wait())
+        self._stall = StallClock(self._services.stall, asyncio.get_running_loop().time())
         while not ended.done():
             self._hurried.clear()
             hurried = asyncio.create_task(self._hurried.wait())
-            await asyncio.wait({ended, hurried}, timeout=self._seconds_left(), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({ended, hurried}, timeout=self._patience(), return_when=asyncio.FIRST_COMPLETED)
             hurried.cancel()
-            if not ended.done() and self._seconds_left() == 0.0:
-                self._overdue = True
+            if ended.done():
+                break
+            await self._watch_progress(self._stall)
+            self._overdue = self._seconds_left() == 0.0
+            if self._overdue or self._stalled:
                 await worker.terminate()
                 await asyncio.wait({ended})
+        hit("worker.ended")
         return ended.result()
+
+    def _patience(self) -> float | None:
+        """Seconds until something is due, if the worker says nothing; None when nothing will be."""
+        if self._deadline is not None or self._stall is None:
+            return self._seconds_left()
+        return self._stall.seconds_left(asyncio.get_running_loop().time())
+
+    async def _watch_progress(self, stall: StallClock) -> None:
+        """Say that the run stalls, or decide that its worker has had its time."""
+        now = asyncio.get_running_loop().time()
+        if self._deadline is not None:
+            return
+        self._stalled = stall.is_over(now)
+        if stall.warns(now):
+            minutes = stall.silence(now) / 60.0
+            text = f"no progress for {minutes:.1f} minutes; 'opd stop {self.run_id}' ends the run, resume takes it up"
+            try:
+                await self._say(text, "warning")
+            except OpdError as fault:
+                logger.warning("run %s: %s (not stored: %s)", self.run_id, text, fault)
 
     def _hurry(self, seconds: float) -> None:
         """From now on the worker has so many seconds at most."""
@@ -214,6 +266,11 @@ class Attempt:
         return None if self._deadline is None else max(self._deadline - asyncio.get_running_loop().time(), 0.0)
 
     async def _after_exit(self, worker: WorkerProcess, code: int, kills: int) -> bool:
+        if self._stalled:
+            minutes = self._services.stall.limit / 60.0
+            message = f"no progress for {minutes:.1f} minutes; the worker was ended, resume starts from the checkpoint"
+            await self._come_to_rest(RunState.INTERRUPTED, Reason.WORKER_DIED, message)
+            return False
         if self._overdue and not self._memory_ran_out:
             message = "the worker did not stop in time and was ended; resume goes on from the last checkpoint"
             await self._come_to_rest(RunState.INTERRUPTED, Reason.WORKER_DIED, message)
@@ -260,12 +317,16 @@ class Attempt:
             try:
                 await self._services.ledger.change(
                     self.run_id,
-                    # What the worker reported itself stands.
-                    lambda run: None if run.state.resting else moved(run, state, message=message, error_reason=reason),
+                    # What the worker reported itself stands, and what never began stays as it is.
+                    lambda run: (
+                        None
+                        if run.state.resting or run.state is RunState.PENDING
+                        else moved(run, state, message=message, error_reason=reason)
+                    ),
                 )
                 return
             except OpdError as fault:
-                if fault.reason is not Reason.DISK_FULL or self._shutting_down:
+                if fault.reason not in UNSTORED or self._shutting_down:
                     raise
                 logger.warning("run %s is %s, but that can't be stored yet: %s", self.run_id, state, fault)
                 await asyncio.sleep(DISK_RETRY_SECONDS)

@@ -23,7 +23,7 @@ from opd_daemon.client import Client, RemoteTeacher
 from opd_daemon.config import parse_config
 from opd_daemon.errors import OUT_OF_MEMORY_SIGNS, OpdError, Reason
 from opd_daemon.memory_limit import lift_memory_limit, limit_process_memory
-from opd_daemon.runs.worker_main import assigned
+from opd_daemon.runs.worker_main import assigned, released
 from opd_daemon.types import GenerateRequest, ModelAnswer
 from opd_daemon.v1 import run_pb2, worker_pb2, worker_pb2_grpc
 from opd_daemon.wire.comparison import answer_to_proto, request_from_proto
@@ -64,6 +64,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Worker process of the opd daemon; started by it, not by hand.")
     parser.add_argument("--run", required=True, help="the run whose models are compared")
     parser.parse_args()
+    if not released():
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is the daemon's business
     threading.Thread(target=_leave_with_the_daemon, daemon=True).start()

@@ -178,6 +178,7 @@ class Comparisons:
         ended = asyncio.ensure_future(worker.wait())
         try:
             await self._events.commit(lambda store: store.put_worker(record))
+            worker.release()
             missing = set(relay.assignment.request.models)
             while missing:
                 word = await relay.hear(ended)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import shutil
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from opd_daemon.config import parse_config
 from opd_daemon.distill.checkpoints import latest
 from opd_daemon.distill.files import write_file
 from opd_daemon.errors import OpdError, Reason, invalid, violations_error
 from opd_daemon.events import EventLog
+from opd_daemon.failpoints import hit
 from opd_daemon.home import Home
 from opd_daemon.names import new_run_id
 from opd_daemon.plugins import PluginRegistry
@@ -28,14 +30,22 @@ from opd_daemon.runs.plans import PlanRequest, does_not_fit
 from opd_daemon.runs.reports import report_files, report_path
 from opd_daemon.runs.resumption import Resumption
 from opd_daemon.runs.scheduler import Scheduler
+from opd_daemon.runs.stall import USUAL, StallPolicy
 from opd_daemon.runs.states import LIVE, conflict, moved, state_event
 from opd_daemon.runs.workers import Workers, end_orphan
 from opd_daemon.store import Store
-from opd_daemon.types import Checkpoint, Event, EventKind, Run, RunState
+from opd_daemon.types import Checkpoint, Event, EventKind, Gauges, Run, RunState
 
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_SECONDS = 60.0
+# The configuration of a run that is about to be stored.
+ACCEPTING = ".accepting"
+# Folders of files that `write_file` may have left under a temporary name; checkpoints tidy up after themselves.
+TIDIED = ("configs", "metrics", "student_rollouts", "reports")
+UNFINISHED = re.compile(r"\..+\.(\d+|old)")
+
+T = TypeVar("T")
 
 # Inside the class, `list` is the method.
 Runs = list[Run]
@@ -61,9 +71,10 @@ class RunManager:
         teaching: Teaching,
         max_concurrent_runs: int = 1,
         stop_grace: float = STOP_GRACE_SECONDS,
+        stall: StallPolicy = USUAL,
     ) -> None:
         ledger = Ledger(events, plugins)
-        services = RunServices(home, events, plugins, workers, preflight, teaching, stop_grace, ledger)
+        services = RunServices(home, events, plugins, workers, preflight, teaching, stop_grace, ledger, stall)
         self._home = home
         self._events = events
         self._plugins = plugins
@@ -112,7 +123,7 @@ class RunManager:
                 return run
             if run.plan and not run.plan.fits and not force:
                 raise does_not_fit(run.plan)
-            return await self._accept(run, digest)
+            return await _seen_through(self._accept(run, digest))
 
     async def _planned(self, values: dict[str, Any], request_id: str, validate_only: bool, machine: str) -> Run:
         if machine and not validate_only:
@@ -145,12 +156,17 @@ class RunManager:
         run_id = run.run_id or new_run_id(datetime.now().astimezone(), taken)
         run = replace(run, run_id=run_id, config={**run.config, "run_id": run_id})
         path = self._home.run(run_id).config
-        await asyncio.to_thread(write_file, path, parse_config(run.config).to_yaml().encode())
+        # The file gets its name when the run is stored, so that a crash in between leaves no name taken by nobody.
+        waiting = path.with_suffix(ACCEPTING)
+        await asyncio.to_thread(write_file, waiting, parse_config(run.config).to_yaml().encode())
+        hit("run.accept.config")
         try:
             await self._events.commit(lambda store: store.insert_run(run, [state_event(run)], digest))
-        except OpdError:
-            path.unlink(missing_ok=True)
+        except BaseException:
+            waiting.unlink(missing_ok=True)
             raise
+        hit("run.accept.stored")
+        waiting.replace(path)
         self._scheduler.wake()
         return run
 
@@ -197,10 +213,14 @@ class RunManager:
                 return None
             return moved(run, RunState.STOPPED if run.state is RunState.PENDING else RunState.STOPPING)
 
-        run = await self._ledger.change(run_id, decide)
-        if run.state is RunState.STOPPING and (attempt := self._scheduler.attempt(run_id)):
-            attempt.stop()
-        return run
+        async def store_it() -> Run:
+            run = await self._ledger.change(run_id, decide)
+            hit("run.stop.stored")
+            if run.state is RunState.STOPPING and (attempt := self._scheduler.attempt(run_id)):
+                attempt.stop()
+            return run
+
+        return await _seen_through(store_it())
 
     async def resume(self, run_id: str) -> tuple[Run, int]:
         """Take a resting run up again from its newest checkpoint; also returns the step it goes on from.
@@ -221,9 +241,13 @@ class RunManager:
             again = replace(resumption.rewound(run), attempt=run.attempt + 1)
             return moved(again, RunState.PENDING, message=f"resumed from step {step}")
 
-        run = await self._ledger.change(run_id, decide, lambda store: store.rewind(run_id, step))
-        self._scheduler.wake()
-        return run, step
+        async def store_it() -> Run:
+            run = await self._ledger.change(run_id, decide, lambda store: store.rewind(run_id, step))
+            hit("run.resume.stored")
+            self._scheduler.wake()
+            return run
+
+        return await _seen_through(store_it()), step
 
     async def _check_again(self, run: Run) -> None:
         config = parse_config(run.config)
@@ -254,7 +278,13 @@ class RunManager:
         if (await self.get(run_id)).state.resting:
             await self._scheduler.wait(run_id)
         await self._events.commit(action)
+        await _seen_through(self._remove_deleted(run_id))
+
+    async def _remove_deleted(self, run_id: str) -> None:
+        """Remove the files of a run the store has forgotten."""
+        hit("run.delete.stored")
         await asyncio.to_thread(_remove_files, self._home, run_id)
+        await self._events.commit(lambda store: store.forget_deleted(run_id))
 
     @asynccontextmanager
     async def alone(self, run_id: str) -> AsyncIterator[None]:
@@ -322,7 +352,19 @@ class RunManager:
 
     async def report(self, run_id: str, *events: Event) -> int:
         """Store events of a run's worker; returns the revision of the last."""
-        return await self._ledger.report(run_id, *events)
+        revision = await self._ledger.report(run_id, *events)
+        self._progressed(run_id)
+        return revision
+
+    def read_gauges(self, gauges: Gauges) -> None:
+        """Readings of a run's worker; empty ones are a mere sign of life."""
+        self._events.publish_gauges(gauges)
+        if gauges.values:
+            self._progressed(gauges.run_id)
+
+    def _progressed(self, run_id: str) -> None:
+        if attempt := self._scheduler.attempt(run_id):
+            attempt.progressed()
 
     async def finish(
         self, run_id: str, state: RunState, *, error_reason: str = "", error_message: str = "", adapter_path: str = ""
@@ -349,15 +391,26 @@ class RunManager:
     async def recover(self) -> None:
         """Take up what an earlier daemon left: end its workers, mark its live runs INTERRUPTED, start scheduling."""
         orphans = await self._events.read(lambda store: store.workers())
-        await asyncio.gather(*(asyncio.to_thread(end_orphan, worker) for worker in orphans))
+        await asyncio.gather(*(asyncio.to_thread(end_orphan, worker, self._home) for worker in orphans))
+        hit("recover.orphans")
         for worker in orphans:
             await self._events.commit(partial(Store.forget_worker, run_id=worker.run_id))
+        await self._finish_writing()
         for stored in await self._events.read(lambda store: store.list_runs(LIVE, limit=-1)):
             message = "the daemon ended without stopping the run; resume goes on from the last checkpoint"
             await self._ledger.enter(
                 stored.run.run_id, RunState.INTERRUPTED, message=message, error_reason=Reason.DAEMON_DIED
             )
+            hit("recover.interrupted")
         self._scheduler.start()
+
+    async def _finish_writing(self) -> None:
+        """Finish or undo what was under way in the files when the earlier daemon ended."""
+        for run_id in await self._events.read(lambda store: store.deleted_runs()):
+            await self._remove_deleted(run_id)
+        known = await self._events.read(lambda store: store.run_ids())
+        await asyncio.to_thread(_name_accepted, self._home, known)
+        await asyncio.to_thread(_remove_unfinished, self._home)
 
     async def close(self, grace: float = STOP_GRACE_SECONDS) -> None:
         """Stop scheduling and let live runs write a checkpoint, for up to `grace` seconds; they end INTERRUPTED."""
@@ -369,10 +422,38 @@ class RunManager:
             raise OpdError(Reason.SHUTTING_DOWN, "the daemon stops; try again when it is back")
 
 
+async def _seen_through(work: Coroutine[Any, Any, T]) -> T:
+    """Do work to its end even if the caller gives up: what is stored has to be acted on."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+
+
+def _name_accepted(home: Home, known: Collection[str]) -> None:
+    """Give the files of accepted runs their names; those of runs that were never stored go."""
+    for waiting in (home.root / "configs").glob(f"*{ACCEPTING}"):
+        if waiting.stem in known:
+            waiting.replace(waiting.with_suffix(".yaml"))
+        else:
+            waiting.unlink(missing_ok=True)
+
+
+def _remove_unfinished(home: Home) -> None:
+    for folder in TIDIED:
+        for entry in (home.root / folder).glob(".*"):
+            if UNFINISHED.fullmatch(entry.name):
+                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
 def _remove_files(home: Home, run_id: str) -> None:
     folders = home.run(run_id)
     for folder in (folders.checkpoints, folders.pictures):
         shutil.rmtree(folder, ignore_errors=True)
+        hit("run.delete.files")
     metrics = (folders.train_metrics, folders.eval_metrics, folders.token_tables, folders.samples)
-    for path in (folders.config, folders.rollouts, *metrics, folders.report, folders.worker_log):
+    # The configuration last: while it is there, nobody else gets the name.
+    for path in (folders.rollouts, *metrics, folders.report, folders.worker_log, folders.config):
         path.unlink(missing_ok=True)

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.runs.attempt import Attempt, RunServices
 from opd_daemon.runs.states import LIVE, moved
-from opd_daemon.types import Run, RunState
+from opd_daemon.types import Event, Run, RunState
 
 logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 5.0
 
 
 class Scheduler:
@@ -82,20 +84,23 @@ class Scheduler:
 
     async def _shut_down(self, attempt: Attempt, task: asyncio.Task[None], grace: float) -> None:
         attempt.shut_down(grace)
-        await self._services.ledger.change(
-            attempt.run_id,
-            lambda run: (
-                moved(run, RunState.STOPPING, message="the daemon stops")
-                if run.state in LIVE and run.state is not RunState.STOPPING
-                else None
-            ),
-        )
+        try:
+            await self._services.ledger.change(attempt.run_id, _stopping)
+        except OpdError as fault:
+            # Its worker isn't told by an event then, but by a signal when the grace is over.
+            logger.warning("run %s: that it is stopped can't be stored: %s", attempt.run_id, fault)
         await asyncio.wait({task})
 
     async def _schedule(self) -> None:
         while True:
             self._woken.clear()
-            await self._start_pending()
+            try:
+                await self._start_pending()
+            except Exception:
+                # A store that can't be read now must not be the end of all scheduling.
+                logger.exception("pending runs can't be looked up; trying again")
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
             await self._woken.wait()
 
     async def _start_pending(self) -> None:
@@ -124,3 +129,9 @@ class Scheduler:
         self.wake()
         if not task.cancelled() and task.exception() is not None:
             logger.error("run %s was left as it is: %s", run_id, task.exception())
+
+
+def _stopping(run: Run) -> tuple[Run, Event] | None:
+    if run.state not in LIVE or run.state is RunState.STOPPING:
+        return None
+    return moved(run, RunState.STOPPING, message="the daemon stops")

@@ -25,6 +25,7 @@ import grpc
 from opd_daemon.client import Client, RemoteTeacher
 from opd_daemon.config import parse_config
 from opd_daemon.errors import OpdError, Reason
+from opd_daemon.failpoints import hit
 from opd_daemon.home import Home, RunFolders
 from opd_daemon.memory_limit import lift_memory_limit, limit_process_memory
 from opd_daemon.plugins import PluginRegistry
@@ -140,6 +141,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Worker process of the opd daemon; started by it, not by hand.")
     parser.add_argument("--run", required=True, help="the run to do")
     run_id: str = parser.parse_args().run
+    if not released():
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     stop = Stop()
     signal.signal(signal.SIGTERM, lambda *_: stop.ask("asked by signal"))
@@ -155,8 +158,15 @@ def main() -> int:
         traceback.print_exc()
         reporter.finish(*_outcome(error))
         return 0
+    hit("worker.outcome.before")
     reporter.finish(state, adapter_path=adapter_path)
+    hit("worker.outcome.after")
     return 0
+
+
+def released() -> bool:
+    """Wait until the daemon has remembered this process; false when it is gone before that."""
+    return bool(os.read(sys.stdin.fileno(), 1))
 
 
 def _do(client: Client, run_id: str, reporter: StreamReporter, stop: Stop) -> tuple[RunState, str]:

@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,9 @@ from opd_daemon.store import WorkerRecord
 from opd_daemon.types import RunState
 
 COMMAND = (sys.executable, "-m", "opd_daemon.runs.worker_main")
+GO = b"\n"
 TRIM_SECONDS = 0.25
+POLL_SECONDS = 0.02
 TERM_SECONDS = 5.0
 # psutil rounds creation times differently from boot to boot, by clock ticks.
 SAME_START_SECONDS = 2.0
@@ -53,6 +56,11 @@ class WorkerProcess:
         except psutil.NoSuchProcess:
             started = 0.0
         return WorkerRecord(self.run_id, self.pid, started)
+
+    def release(self) -> None:
+        """Let the worker begin: it is remembered, so that it can be found even if this daemon is gone."""
+        if self._process.stdin:
+            self._process.stdin.write(GO)
 
     async def wait(self) -> int:
         """Wait for the end, keeping the log small meanwhile; the exit code, negative for a signal."""
@@ -143,19 +151,38 @@ def meaning_of_exit(code: int, last_line: str) -> Exit:
     return Exit(RunState.FAILED, Reason.WORKER_DIED, f"the worker ended with exit code {code}{said}")
 
 
-def end_orphan(worker: WorkerRecord) -> None:
-    """End a worker that outlived its daemon, if that process is still the one that was started; blocks."""
+def end_orphan(worker: WorkerRecord, home: Home) -> None:
+    """End a worker of this home that outlived its daemon, if that process is still the one that was started; blocks."""
     try:
         process = psutil.Process(worker.pid)
-        same_start = abs(process.create_time() - worker.started) <= SAME_START_SECONDS
-        if not same_start or worker.run_id not in process.cmdline():
+        if not _is_worker(process, worker, home):
             return
-        signal_group(worker.pid, signal.SIGTERM)
-        process.wait(TERM_SECONDS)
-    except psutil.TimeoutExpired:
-        signal_group(worker.pid, signal.SIGKILL)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            # A stopped process takes no other signal before it goes on.
+            signal_group(worker.pid, number)
+            signal_group(worker.pid, signal.SIGCONT)
+            if _ended(process, TERM_SECONDS):
+                return
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return
+
+
+def _is_worker(process: psutil.Process, worker: WorkerRecord, home: Home) -> bool:
+    if worker.run_id not in process.cmdline():
+        return False
+    # The clock may have been set since, and with it what the system says of the start: the environment stays.
+    same_start = abs(process.create_time() - worker.started) <= SAME_START_SECONDS
+    return same_start or process.environ().get("OPD_HOME") == str(home.root)
+
+
+def _ended(process: psutil.Process, seconds: float) -> bool:
+    """Whether a process ends in time; one that only waits for its parent to notice has ended."""
+    deadline = time.monotonic() + seconds
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
 
 
 def signal_group(pid: int, number: signal.Signals) -> None:

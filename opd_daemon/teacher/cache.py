@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from opd_daemon.failpoints import hit
 from opd_daemon.teacher.payload import Entry
 from opd_daemon.types import CacheStats
 
@@ -148,12 +149,15 @@ class TeacherCache:
         temporary = path.with_name(f"{address}.{os.getpid()}{TEMPORARY}")
         payload = _encode(entry)
         try:
+            hit("disk.write")
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as stream:
                 stream.write(MAGIC + hashlib.sha256(payload).digest() + payload)
                 stream.flush()
                 os.fsync(stream.fileno())
+            hit("cache.write")
             temporary.replace(path)
+            hit("cache.index")
         except OSError as error:
             self._warn_unwritable(error)
             _remove_quietly(temporary)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from opd_daemon.errors import OpdError
+from opd_daemon.failpoints import hit
 from opd_daemon.models.folder import ModelFolder
 from opd_daemon.teacher.digest import DigestMemo
 from opd_daemon.teacher.engine import Engine
@@ -83,6 +84,7 @@ class Loader:
     async def _find_and_load(self, model: str, report: Report) -> Resident:
         loop = asyncio.get_running_loop()
         report(LoadProgress("checking", 0.0, model))
+        await loop.run_in_executor(self._files, hit, "teacher.load")
         folder = await loop.run_in_executor(self._files, open_folder, model)
         await asyncio.wrap_future(self._engine.submit(partial(check_architecture, folder)))
         vocab_size, tokenizer_digest = await loop.run_in_executor(self._files, _vocabulary, folder.path)

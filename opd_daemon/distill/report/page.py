@@ -15,6 +15,7 @@ from opd_daemon.distill.report.drawing import Chart, to_png, to_svg
 from opd_daemon.distill.report.heatmap import heatmap
 from opd_daemon.distill.report.record import RunRecord
 from opd_daemon.errors import OpdError, Reason
+from opd_daemon.failpoints import hit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,6 +46,7 @@ def write_report(run: Run, folders: RunFolders) -> Path:
         raise OpdError(Reason.REPORT_NOT_FOUND, message, run_id=run.run_id)
     charts = sections(record)
     write_file(folders.report, render(record, charts).encode())
+    hit("report.page")
 
     def fill(folder: Path) -> None:
         for _, entries in charts:
