@@ -13,9 +13,7 @@ DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 def of_the_disk(fault: Exception) -> bool:
     """Whether a fault is the file's or the disk's, and not that of one statement."""
-    if isinstance(fault, OSError | sqlite3.OperationalError):
-        return True
-    return isinstance(fault, sqlite3.Error) and _code(fault) in DAMAGE
+    return isinstance(fault, sqlite3.OperationalError) or (isinstance(fault, sqlite3.Error) and _code(fault) in DAMAGE)
 
 
 def damaged(path: Path, what: str) -> OpdError:

@@ -130,6 +130,8 @@ async def _serve(settings: ServeSettings) -> None:
             options=OPTIONS, interceptors=[Border(Gate(token, daemon.runs.run_for_token), settings.home)]
         )
         serving = _add_services(server, daemon, roots)
+        # It would say SERVING by itself, before earlier runs are taken up.
+        await serving.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         async with _listening(server, settings, token, daemon.events.store_id) as address:
             await daemon.begin(address)
             await serving.set("", health_pb2.HealthCheckResponse.SERVING)

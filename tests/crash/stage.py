@@ -26,6 +26,7 @@ from opd_daemon.client import Client
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.home import Home
 from opd_daemon.rpc import assembly, server
+from opd_daemon.runs import workers
 from opd_daemon.runs.attempt import Teaching
 from opd_daemon.runs.stall import USUAL, StallPolicy
 from opd_daemon.runs.workers import Workers
@@ -60,6 +61,7 @@ def serve(home: Path, environment: Mapping[str, str], settings: Settings, *, tea
     os.dup2(log, 1)
     os.dup2(log, 2)
     assembly.Workers = partial(Workers, command=(sys.executable, "-S", str(WORKER)))  # type: ignore[misc, assignment]
+    workers.TERM_SECONDS = 0.5
     assembly.check_run = lambda *_: []  # type: ignore[assignment]
     assembly.Planner = StubPlanner  # type: ignore[misc, assignment]
     if not teacher:
@@ -77,7 +79,7 @@ def starter() -> Any:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.crash.stage"])
+    context.set_forkserver_preload(["tests.crash.stage", "tests.crash.jobs"])
     return context
 
 
