@@ -10,6 +10,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import sysconfig
@@ -23,12 +24,12 @@ import psutil
 
 from opd_daemon import failpoints
 from opd_daemon.client import Client
-from opd_daemon.errors import OpdError, Reason
+from opd_daemon.errors import OpdError
 from opd_daemon.home import Home
 from opd_daemon.rpc import assembly, server
-from opd_daemon.runs import workers
+from opd_daemon.runs import attempt, workers
 from opd_daemon.runs.attempt import Teaching
-from opd_daemon.runs.stall import USUAL, StallPolicy
+from opd_daemon.runs.stall import USUAL
 from opd_daemon.runs.workers import Workers
 from opd_daemon.types import Plan
 
@@ -53,8 +54,10 @@ async def already_loaded(_: str) -> None:
     """The teacher of every run is there."""
 
 
-def serve(home: Path, environment: Mapping[str, str], settings: Settings, *, teacher: bool) -> None:
-    """The body of a daemon process."""
+def serve(home: Path, environment: Mapping[str, str], settings: Settings, *, teacher: bool, descriptors: int) -> None:
+    """The body of a daemon process; with `descriptors`, that many files may be open at a time."""
+    if descriptors:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     os.environ.update(environment)
     failpoints.arm(os.environ)
     log = os.open(home.parent / "daemon.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -62,6 +65,7 @@ def serve(home: Path, environment: Mapping[str, str], settings: Settings, *, tea
     os.dup2(log, 2)
     assembly.Workers = partial(Workers, command=(sys.executable, "-S", str(WORKER)))  # type: ignore[misc, assignment]
     workers.TERM_SECONDS = 0.5
+    attempt.DISK_RETRY_SECONDS = 0.1
     assembly.check_run = lambda *_: []  # type: ignore[assignment]
     assembly.Planner = StubPlanner  # type: ignore[misc, assignment]
     if not teacher:
@@ -91,6 +95,7 @@ class Daemon:
         self.home.root.mkdir(exist_ok=True)
         self.hits = root / "hits"
         self.teacher = bool(settings.pop("teacher", False))
+        self.descriptors = int(settings.pop("descriptors", 0))
         self.settings = {"stop_grace_seconds": 5.0, "max_concurrent_runs": 2, "stall": USUAL, **settings}
         self.process: Any = None
         self.log = root / "daemon.log"
@@ -104,7 +109,8 @@ class Daemon:
             "OPD_FAILPOINTS_LOG": str(self.hits),
         }
         arguments = (self.home.root, environment, self.settings)
-        self.process = starter().Process(target=serve, args=arguments, kwargs={"teacher": self.teacher}, daemon=False)
+        named = {"teacher": self.teacher, "descriptors": self.descriptors}
+        self.process = starter().Process(target=serve, args=arguments, kwargs=named)
         self.process.start()
         if wait:
             self.until_serving()
@@ -205,6 +211,3 @@ def until(condition: Any, seconds: float = 30.0, what: str = "") -> None:
     while not condition():
         assert time.monotonic() < deadline, f"it never happened: {what or condition}"
         time.sleep(0.02)
-
-
-__all__ = ["Daemon", "Reason", "StallPolicy", "run_values", "until"]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sqlite3
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import yaml
 
+from opd_daemon import failpoints
 from opd_daemon.errors import FieldViolation, OpdError, Reason
 from opd_daemon.store import Store, WorkerRecord
 from opd_daemon.trainer import RunRefused
@@ -619,3 +622,68 @@ async def test_a_strangers_process_with_a_workers_old_pid_is_left_alone(tmp_path
     store.close()
     async with stage.daemon() as daemon:
         assert await daemon.events.read(lambda store: store.workers()) == []
+
+
+# A store that can't be written or read for a while
+
+
+def arm(points: str) -> failpoints.Armed:
+    armed = failpoints.arm({"OPD_FAILPOINTS": points, "OPD_TEST_HARNESS": "1"})
+    assert armed is not None
+    return armed
+
+
+@pytest.fixture(autouse=True)
+def disarm() -> Iterator[None]:
+    yield
+    failpoints.arm({})
+
+
+@asynchronous
+async def test_a_run_waits_for_a_full_disk_without_hammering_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opd_daemon.runs.attempt.DISK_RETRY_SECONDS", 0.1)
+    async with Stage(tmp_path).daemon() as daemon:
+        armed = arm("disk.write=error:ENOSPC@3+")  # after the file and the row of the accepted run
+        run_id = await daemon.create()
+        await asyncio.sleep(1.0)
+        assert (await daemon.runs.get(run_id)).state is S.PENDING
+        assert 3 < armed.reached["disk.write"] < 20
+        failpoints.arm({})
+        await daemon.worker_says(run_id, "ready")
+
+
+@asynchronous
+async def test_a_client_that_gives_up_leaves_no_run_that_nobody_starts(tmp_path: Path) -> None:
+    async with Stage(tmp_path).daemon() as daemon:
+        armed = arm("store.commit.before=sleep:0.3")
+        creating = asyncio.create_task(daemon.create(run_id="mine"))
+
+        async def storing() -> bool:
+            return armed.reached["store.commit.before"] > 0
+
+        await until(storing)
+        creating.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await creating
+        await daemon.worker_says("mine", "ready")
+        assert daemon.stage.home.run("mine").config.exists()
+
+
+@asynchronous
+async def test_a_store_that_can_not_be_read_once_does_not_end_the_scheduling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opd_daemon.runs.scheduler.RETRY_SECONDS", 0.1)
+    async with Stage(tmp_path).daemon() as daemon:
+        read, failures = Store.list_runs, iter([True])
+
+        def fail_once(store: Store, *arguments: Any, **named: Any) -> Any:
+            if named.get("oldest_first") and next(failures, False):
+                raise sqlite3.OperationalError("disk I/O error")
+            return read(store, *arguments, **named)
+
+        monkeypatch.setattr(Store, "list_runs", fail_once)
+        await daemon.worker_says(await daemon.create(), "ready")
+        assert not next(failures, False)
