@@ -303,6 +303,11 @@ class Store:
         values = [*states, *([before] if before is not None else []), limit]
         return [StoredRun(_run(document), revision) for document, revision in self._rows(query, values)]
 
+    def count_runs(self) -> dict[RunState, int]:
+        """How many runs there are in each state; states without any are left out."""
+        rows = self._rows("SELECT state, COUNT(*) FROM runs GROUP BY state")
+        return {RunState(state): count for state, count in rows}
+
     def delete_run(self, run_id: str) -> None:
         """Forget a run, its metrics and checkpoints; inside a transaction. Its events stay: the log has no gaps.
 

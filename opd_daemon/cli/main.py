@@ -25,6 +25,7 @@ from opd_daemon.cli import (
     store,
     sweep,
     teacher,
+    web,
 )
 from opd_daemon.errors import OpdError
 
@@ -53,6 +54,7 @@ app.command("compare", rich_help_panel="Runs")(compare.compare)
 app.command("delete", rich_help_panel="Runs")(runs.delete)
 
 app.command("serve", rich_help_panel="Daemon and teacher")(serve.serve)
+app.command("web", rich_help_panel="Daemon and teacher")(web.web)
 app.add_typer(teacher.app, name="teacher", rich_help_panel="Daemon and teacher")
 app.command("score", rich_help_panel="Daemon and teacher")(look.score)
 app.command("generate", rich_help_panel="Daemon and teacher")(look.generate)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from opd_daemon.cli import exits, text
 from opd_daemon.cli.teacher import model_argument
+from opd_daemon.errors import OpdError, Reason
+
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
+    from opd_daemon.rpc.assembly import Daemon
+    from opd_daemon.rpc.meter import CallTally
+    from opd_daemon.rpc.server import Door
 
 
 def serve(
@@ -33,6 +42,12 @@ def serve(
     ),
     allow_root: list[Path] = typer.Option(
         [], metavar="FOLDER", help="One more folder in which clients may name models, prompts and outputs."
+    ),
+    web_port: int | None = typer.Option(
+        None,
+        min=0,
+        max=65_535,
+        help="Serve a status page and Prometheus figures on this port of 127.0.0.1; 0: any free one.",
     ),
     teacher: str | None = typer.Option(None, metavar="PATH", help="Load this teacher at the start."),
     cache_limit: str = typer.Option("20GB", metavar="SIZE", help="Size the teacher cache may grow to."),
@@ -87,5 +102,22 @@ def serve(
         stop_grace_seconds=stop_grace,
         stall=StallPolicy(60.0 * stall_warning, 60.0 * stall_limit),
         log_level=log_level,
+        web=None if web_port is None else _web_door(web_port),
     )
     return serve_until_stopped(settings) or exits.OK
+
+
+def _web_door(port: int) -> Door:
+    try:
+        from opd_daemon.web.server import web_port
+    except ImportError as error:
+        message = f"--web-port {port}: {error.name} is not installed; pip install 'opd-daemon[web]'"
+        raise OpdError(Reason.INVALID_REQUEST, message) from None
+    from opd_daemon.rpc.telemetry import Telemetry
+    from opd_daemon.web.pages import Shown
+
+    def door(daemon: Daemon, token: str, calls: CallTally) -> AbstractAsyncContextManager[int]:
+        shown = Shown(daemon.runs, daemon.teacher.service, Telemetry(daemon, calls).text)
+        return web_port(port, token, shown)
+
+    return door

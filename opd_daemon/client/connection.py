@@ -7,7 +7,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,8 @@ CHANNEL_OPTIONS = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconn
 class Endpoint:
     """A daemon's address (`unix:/…` or `host:port`) and token; pid is 0 where the discovery file was not used.
 
-    tls: what an encrypted connection needs; None for the plain ones, which never leave this machine.
+    tls: what an encrypted connection needs; None for the plain ones, which never leave this machine. web_port: 0 where
+    the daemon serves no pages, or where it was not found by its discovery file.
     """
 
     address: str
@@ -37,6 +38,7 @@ class Endpoint:
     pid: int = 0
     store_id: str = ""
     tls: ClientTls | None = None
+    web_port: int = 0
 
     @property
     def remote(self) -> bool:
@@ -63,9 +65,10 @@ def find_endpoint(home: Home, address: str | None = None, token: str | None = No
             message = f"no token for the daemon at {address}; give --token-file FILE, or set OPD_TOKEN"
             raise OpdError(Reason.MISSING_TOKEN, message)
         raise not_running(home)
-    chosen = address or found.address
-    pid = 0 if address else found.pid
-    return Endpoint(chosen, token or found.token, pid, found.store_id, ClientTls.of_environment(chosen))
+    if address:
+        tls = ClientTls.of_environment(address)
+        return Endpoint(address, token or found.token, store_id=found.store_id, tls=tls)
+    return replace(found, token=token or found.token, tls=ClientTls.of_environment(found.address))
 
 
 def _token_of_environment() -> str | None:
@@ -89,7 +92,13 @@ def _discovered(home: Home) -> Endpoint | None:
     """What the discovery file says; None when there is none or its daemon has died without removing it."""
     try:
         values = json.loads(home.discovery.read_text(encoding="utf-8"))
-        found = Endpoint(values["address"], values["token"], int(values["pid"]), values.get("store_id", ""))
+        found = Endpoint(
+            values["address"],
+            values["token"],
+            int(values["pid"]),
+            values.get("store_id", ""),
+            values.get("web_port") or 0,
+        )
     except FileNotFoundError:
         return None
     except OSError as fault:

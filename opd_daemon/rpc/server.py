@@ -13,7 +13,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from opd_daemon.rpc.assembly import Daemon, Limits
 from opd_daemon.rpc.catalog_service import CatalogServicer
 from opd_daemon.rpc.interceptor import Border
 from opd_daemon.rpc.listening import Listener
+from opd_daemon.rpc.meter import CallTally, Meter
 from opd_daemon.rpc.run_service import RunServicer
 from opd_daemon.rpc.teacher_service import TeacherServicer
 from opd_daemon.rpc.worker_service import WorkerServicer
@@ -72,6 +74,10 @@ OPTIONS = [
 ]
 
 
+# A way in beside gRPC: given the daemon, its token and its calls, it is open inside the context and gives its port.
+Door = Callable[[Daemon, str, CallTally], AbstractAsyncContextManager[int]]
+
+
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
     """How one daemon is run. `port` 0 takes any free loopback port, None serves the unix socket only.
@@ -94,6 +100,7 @@ class ServeSettings:
     stop_grace_seconds: float = 60.0
     stall: StallPolicy = USUAL
     log_level: str = "info"
+    web: Door | None = None
 
 
 def serve(settings: ServeSettings) -> int:
@@ -126,13 +133,16 @@ async def _serve(settings: ServeSettings) -> None:
     remote = settings.listener is not None and not is_loopback(settings.listener.host)
     roots = AllowedRoots.default(settings.home, settings.allowed_roots, remote=remote)
     async with Daemon.open(settings.home, limits, roots) as daemon:
-        server = grpc.aio.server(
-            options=OPTIONS, interceptors=[Border(Gate(token, daemon.runs.run_for_token), settings.home)]
-        )
+        calls = CallTally()
+        border = Border(Gate(token, daemon.runs.run_for_token), settings.home)
+        server = grpc.aio.server(options=OPTIONS, interceptors=[Meter(calls), border])
         serving = _add_services(server, daemon, roots)
         # It would say SERVING by itself, before earlier runs are taken up.
         await serving.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-        async with _listening(server, settings, token, daemon.events.store_id) as address:
+        async with (
+            settings.web(daemon, token, calls) if settings.web else contextlib.nullcontext() as web_port,
+            _listening(server, settings, token, daemon.events.store_id, web_port) as address,
+        ):
             await daemon.begin(address)
             await serving.set("", health_pb2.HealthCheckResponse.SERVING)
             sys.stdout.write(f"opd {opd_daemon.__version__} serves {settings.home.root} at {address}\n")
@@ -166,7 +176,9 @@ def _add_services(server: grpc.aio.Server, daemon: Daemon, roots: AllowedRoots) 
 
 
 @contextlib.asynccontextmanager
-async def _listening(server: grpc.aio.Server, settings: ServeSettings, token: str, store_id: str) -> AsyncIterator[str]:
+async def _listening(
+    server: grpc.aio.Server, settings: ServeSettings, token: str, store_id: str, web_port: int | None
+) -> AsyncIterator[str]:
     """Bind, start, publish the discovery file; yields the address; takes socket and file away again."""
     socket = _socket_path(settings.home)
     socket.unlink(missing_ok=True)
@@ -181,6 +193,7 @@ async def _listening(server: grpc.aio.Server, settings: ServeSettings, token: st
         "socket": str(socket),
         "port": port,
         "listening": listening,
+        "web_port": web_port,
         "token": token,
         "store_id": store_id,
         "version": opd_daemon.__version__,

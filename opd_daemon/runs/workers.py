@@ -134,6 +134,11 @@ class Workers:
         ]
         return found[0] if found else None
 
+    @property
+    def count(self) -> int:
+        """Workers that live."""
+        return len(self._run_of_token)
+
     def _environment(self, token: str) -> dict[str, str]:
         own = {"OPD_ADDRESS": self.address, "OPD_WORKER_TOKEN": token, "OPD_HOME": str(self._home.root)}
         return {**os.environ, **own}

@@ -21,6 +21,7 @@ from opd_daemon.teacher.generation import Generation
 from opd_daemon.teacher.loading import LoadedModel, free_memory, is_out_of_memory, out_of_memory, wire
 from opd_daemon.teacher.pace import Pace
 from opd_daemon.teacher.scoring import score_batch
+from opd_daemon.teacher.tally import WorkTally
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Engine:
         self._generation: Generation | None = None
         self._loaded: LoadedModel | None = None
         self._digest = ""
+        self.work = WorkTally()
         self._scoring_seconds = self._generating_seconds = 0.0
         self._pace = Pace()
         self._closing = False
@@ -218,7 +220,9 @@ class Engine:
         except StopIteration as end:
             self._batch = None
             batch.seconds += time.perf_counter() - started
-            self._pace.measured(sum(item.tokens for item in batch.items), batch.seconds)
+            tokens = sum(item.tokens for item in batch.items)
+            self._pace.measured(tokens, batch.seconds)
+            self.work.scored(len(batch.items), tokens)
             for item, result, share in zip(batch.items, end.value, batch.shares(), strict=True):
                 item.deliver(result, share)
         except Exception as error:  # noqa: BLE001 - one batch fails, the engine goes on
@@ -259,7 +263,7 @@ class Engine:
         try:
             if joining:
                 self._generation.add(joining)
-            self._generation.step()
+            self.work.generated_tokens += self._generation.step()
         except Exception as error:  # noqa: BLE001 - these sequences fail, the engine goes on
             self._generation.fail(_as_opd_error(error, "generation"))
         self._generating_seconds += time.perf_counter() - started

@@ -63,13 +63,13 @@ class Generation:
         )
         self._active.update(zip(uids, items, strict=True))
 
-    def step(self) -> None:
-        """One round: every decoding sequence gets a token, waiting prompts get a piece of prefill."""
+    def step(self) -> int:
+        """One round: every decoding sequence gets a token, waiting prompts a piece of prefill; how many tokens."""
         started = time.perf_counter()
         self._remove([uid for uid, item in self._active.items() if item.cancelled])
         working = list(self._active.values())
         if not working:
-            return
+            return 0
         _, responses = self._batches.next()
         tokens = self._tokens(responses) if responses else []
         share = 1000 * (time.perf_counter() - started) / len(working)
@@ -77,6 +77,7 @@ class Generation:
             item.milliseconds += share
         for response, token in zip(responses, tokens, strict=True):
             self._deliver(response, token)
+        return len(tokens)
 
     def fail(self, error: OpdError) -> None:
         """End every sequence with `error` and start afresh."""

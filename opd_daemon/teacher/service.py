@@ -21,6 +21,7 @@ from opd_daemon.teacher.known import KnownTeachers
 from opd_daemon.teacher.loader import Loader, Resident
 from opd_daemon.teacher.mailbox import Mailbox
 from opd_daemon.teacher.speculative import Speculated, Speculation, SpeculativeToken, speculate
+from opd_daemon.teacher.tally import MemoryUse, WorkTally
 from opd_daemon.teacher.tokenizer import TextTokenizer
 from opd_daemon.teacher.validation import check_generations, check_scores
 from opd_daemon.trainer import TeacherHead
@@ -100,6 +101,15 @@ class TeacherService:
     def queued_tokens(self) -> int:
         """Tokens that wait for the teacher."""
         return self._engine.queued_tokens
+
+    @property
+    def work(self) -> WorkTally:
+        """What the engine has done since the start."""
+        return self._engine.work
+
+    def memory(self) -> MemoryUse:
+        """What MLX's arrays take."""
+        return MemoryUse(mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory())
 
     @property
     def failure(self) -> OpdError | None:
