@@ -38,7 +38,7 @@ def preload() -> None:
     Does nothing either on macOS, where MLX has Metal and Accelerate, and with a CUDA build of MLX. Logs one warning
     with the cure when OpenBLAS is missing, or when MLX was imported too early to be helped.
     """
-    if sys.platform != "linux" or _has_cuda_build() or active():
+    if sys.platform != "linux" or has_cuda_build() or active():
         return
     if "mlx.core" in sys.modules:
         logger.warning(
@@ -56,11 +56,14 @@ def _choose_kernels() -> None:
 
     Whoever sets OPENBLAS_CORETYPE knows better.
     """
+    if kernels := best_kernels():
+        os.environ.setdefault("OPENBLAS_CORETYPE", kernels)
+
+
+def best_kernels() -> str:
+    """OpenBLAS's name for the fastest kernels this CPU can run; empty where it has none of the newer instructions."""
     flags = set(re.findall(r"\w+", _cpu_flags()))
-    for kernels, needed in KERNELS.items():
-        if needed <= flags:
-            os.environ.setdefault("OPENBLAS_CORETYPE", kernels)
-            return
+    return next((kernels for kernels, needed in KERNELS.items() if needed <= flags), "")
 
 
 def _cpu_flags() -> str:
@@ -79,7 +82,18 @@ def active() -> bool:
     return hasattr(process, "openblas_get_config") and hasattr(process, "cblas_sgemm")
 
 
-def _has_cuda_build() -> bool:
+def kernels() -> str:
+    """OpenBLAS's name for the kernels it uses on this CPU; empty where it isn't active or doesn't say."""
+    process = ctypes.CDLL(None)
+    if not (active() and hasattr(process, "openblas_get_corename")):
+        return ""
+    process.openblas_get_corename.restype = ctypes.c_char_p
+    name: bytes = process.openblas_get_corename()
+    return name.decode()
+
+
+def has_cuda_build() -> bool:
+    """Whether MLX is installed in a build for NVIDIA cards."""
     return any(_installed(name) for name in CUDA_DISTRIBUTIONS)
 
 

@@ -62,7 +62,7 @@ def test_mlx_products_run_on_the_preloaded_library(openblas: None) -> None:
 def test_mlx_imported_first_is_one_warning_with_the_cure() -> None:
     result = run_python(
         "import mlx.core\nfrom opd_daemon import blas\n"
-        "blas.active = lambda: False\nblas._has_cuda_build = lambda: False\n"
+        "blas.active = lambda: False\nblas.has_cuda_build = lambda: False\n"
         "blas.preload(); blas.preload()"
     )
     assert len(result.stderr.splitlines()) == 1
@@ -74,7 +74,7 @@ def test_missing_openblas_is_one_warning_with_the_cure() -> None:
     result = run_python(
         "from opd_daemon import blas\n"
         "blas.LIBRARY_NAMES = ('libnosuchblas.so.0',)\nblas.ctypes.util.find_library = lambda name: None\n"
-        "blas._has_cuda_build = lambda: False\n"
+        "blas.has_cuda_build = lambda: False\n"
         "blas.preload(); blas.preload()",
         LD_PRELOAD="",
     )

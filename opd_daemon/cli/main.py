@@ -14,6 +14,7 @@ from opd_daemon.cli import (
     compare,
     demo,
     distill,
+    doctor,
     exits,
     look,
     output,
@@ -22,6 +23,7 @@ from opd_daemon.cli import (
     report,
     runs,
     serve,
+    service,
     store,
     sweep,
     teacher,
@@ -55,6 +57,8 @@ app.command("delete", rich_help_panel="Runs")(runs.delete)
 
 app.command("serve", rich_help_panel="Daemon and teacher")(serve.serve)
 app.command("web", rich_help_panel="Daemon and teacher")(web.web)
+app.add_typer(service.app, name="service", rich_help_panel="Daemon and teacher")
+app.command("doctor", rich_help_panel="Daemon and teacher")(doctor.doctor)
 app.add_typer(teacher.app, name="teacher", rich_help_panel="Daemon and teacher")
 app.command("score", rich_help_panel="Daemon and teacher")(look.score)
 app.command("generate", rich_help_panel="Daemon and teacher")(look.generate)

@@ -97,7 +97,7 @@ def _discovered(home: Home) -> Endpoint | None:
             values["token"],
             int(values["pid"]),
             values.get("store_id", ""),
-            values.get("web_port") or 0,
+            web_port=values.get("web_port") or 0,
         )
     except FileNotFoundError:
         return None
