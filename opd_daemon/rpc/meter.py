@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import grpc
@@ -46,7 +47,10 @@ class CallTally:
 
     def of(self, method: str) -> MethodTally:
         """The tally of `/package.Service/Method`."""
-        return self.methods.setdefault(method, MethodTally())
+        tally = self.methods.get(method)
+        if tally is None:
+            tally = self.methods[method] = MethodTally()
+        return tally
 
 
 class Meter(grpc.aio.ServerInterceptor):
@@ -63,11 +67,8 @@ class Meter(grpc.aio.ServerInterceptor):
         if handler is None:  # no such method: grpcio answers UNIMPLEMENTED
             self._calls.of(UNKNOWN_METHOD).add(Code.UNIMPLEMENTED, 0.0)
             return None
-        tally, decode, encode = (
-            self._calls.of(handler_call_details.method),
-            handler.request_deserializer,
-            handler.response_serializer,
-        )
+        tally = self._calls.of(handler_call_details.method)
+        decode, encode = handler.request_deserializer, handler.response_serializer
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(_one_answer(handler.unary_unary, tally), decode, encode)
         if handler.unary_stream:
@@ -79,7 +80,7 @@ class Meter(grpc.aio.ServerInterceptor):
 
 def _one_answer(behaviour: Any, tally: MethodTally) -> Callable[[Any, Context], Awaitable[Any]]:
     async def answer(request: Any, context: Context) -> Any:
-        with _measured(tally, context):
+        with _Measured(tally, context):
             return await behaviour(request, context)
 
     return answer
@@ -87,7 +88,7 @@ def _one_answer(behaviour: Any, tally: MethodTally) -> Callable[[Any, Context], 
 
 def _many_answers(behaviour: Any, tally: MethodTally) -> Callable[[Any, Context], AsyncIterator[Any]]:
     async def answers(request: Any, context: Context) -> AsyncIterator[Any]:
-        with _measured(tally, context):
+        with _Measured(tally, context):
             async with aclosing(behaviour(request, context)) as inner:
                 async for answer in inner:
                     yield answer
@@ -95,21 +96,30 @@ def _many_answers(behaviour: Any, tally: MethodTally) -> Callable[[Any, Context]
     return answers
 
 
-@contextmanager
-def _measured(tally: MethodTally, context: Context) -> Iterator[None]:
-    started, code = time.perf_counter(), OK
-    tally.under_way += 1
-    try:
-        yield
-    except grpc.aio.AbortError:
-        code = _code_name(context)
-        raise
-    except BaseException:  # a client that has gone: cancelled, or a generator closed
-        code = Code.CANCELLED
-        raise
-    finally:
-        tally.under_way -= 1
-        tally.add(code, time.perf_counter() - started)
+class _Measured:
+    """One call, from its beginning to whatever ends it. A class, as this is on the way of every call."""
+
+    __slots__ = ("_context", "_started", "_tally")
+
+    def __init__(self, tally: MethodTally, context: Context) -> None:
+        self._tally = tally
+        self._context = context
+
+    def __enter__(self) -> None:
+        self._tally.under_way += 1
+        self._started = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            code = OK
+        elif issubclass(kind, grpc.aio.AbortError):
+            code = _code_name(self._context)
+        else:  # a client that has gone: cancelled, or a generator closed
+            code = Code.CANCELLED
+        self._tally.under_way -= 1
+        self._tally.add(code, time.perf_counter() - self._started)
 
 
 def _code_name(context: Context) -> str:
