@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from opd_daemon import schema
 from opd_daemon.doctor.finding import Finding, error, fine, warning
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.home import Home
 from opd_daemon.models.folder import FolderFault, read_folder
 from opd_daemon.readable import size
-from opd_daemon.store import SCHEMA_VERSION
 
 FULL_BYTES = 1 << 30
 NEARLY_FULL_BYTES = 10 << 30
@@ -116,7 +116,7 @@ def store(home: Home) -> Finding:
             runs = database.execute("SELECT COUNT(*) FROM runs").fetchone()[0] if version else 0
     except sqlite3.Error as fault:
         return error("store", f"{home.database}: {fault}", "move it away; the daemon starts a new one")
-    if version > SCHEMA_VERSION:
+    if version > schema.VERSION:
         return error("store", f"written by a newer opd (schema {version})", "upgrade opd")
     if faults != ["ok"]:
         text = f"{home.database} is damaged: {'; '.join(faults[:FAULTS_SHOWN])}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from opd_daemon import blas
+from opd_daemon import blas, schema
 from opd_daemon.client import LocalDaemon
 from opd_daemon.doctor import home as places
 from opd_daemon.doctor import installation, machine
@@ -21,7 +21,7 @@ from opd_daemon.doctor.finding import Level
 from opd_daemon.home import Home
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.plugins.discovery import FailedPlugin
-from opd_daemon.store import SCHEMA_VERSION, Store
+from opd_daemon.store import Store
 from tests.cli.conftest import Opd
 
 # A pid that no process can have.
@@ -158,7 +158,7 @@ def test_a_damaged_store_is_an_error_and_is_left_as_it_is(home: Home) -> None:
 def test_a_store_of_a_newer_version_is_an_error(home: Home) -> None:
     Store(home.database).close()
     with sqlite3.connect(home.database) as database:
-        database.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+        database.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
     database.close()
     assert "upgrade" in places.store(home).cure
 
