@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd_daemon import schema
-from opd_daemon.store_faults import unusable
+from opd_daemon.store_faults import damaged, unusable
 
 MOST_FAULTS = 20
 
@@ -33,7 +33,7 @@ def check_store(path: Path) -> StoreReport:
     """Read all of a store, beside the daemon if one runs; nothing is changed.
 
     Raises:
-        OpdError: STORE_UNUSABLE when the file can't be read as a store at all.
+        OpdError: STORE_UNUSABLE when the file is no store, or is damaged: SQLite's own findings.
     """
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
@@ -44,22 +44,22 @@ def check_store(path: Path) -> StoreReport:
 
 
 def _report(path: Path, database: sqlite3.Connection) -> StoreReport:
-    damage = [f"SQLite: {row[0]}" for row in database.execute(f"PRAGMA integrity_check({MOST_FAULTS})")]
-    faults = [fault for fault in damage if fault != "SQLite: ok"]
-    # In damaged pages our own promises can't be looked for.
-    faults += [] if faults else [fault for look in _LOOKS for fault in _some(look(database))]
+    damage = [" ".join(row[0].split()) for row in database.execute(f"PRAGMA integrity_check({MOST_FAULTS})")]
+    if damage != ["ok"]:  # in damaged pages our own promises can't be looked for
+        raise damaged(path, "; ".join(damage))
     facts = dict(database.execute("SELECT name, value FROM facts").fetchall())
     events, oldest, newest = database.execute("SELECT COUNT(*), MIN(revision), MAX(revision) FROM events").fetchone()
+    pages, page_bytes = (database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
     compacted = int(facts.get("compacted", 0))
     return StoreReport(
         store_id=facts["store_id"],
         schema=schema.version_of(database),
-        bytes=path.stat().st_size,
+        bytes=pages * page_bytes,
         events=events,
         oldest_revision=compacted + 1 if oldest is None else oldest,
         newest_revision=compacted if newest is None else newest,
         runs=database.execute("SELECT COUNT(*) FROM runs").fetchone()[0],
-        faults=tuple(faults),
+        faults=tuple(fault for look in _LOOKS for fault in _some(look(database))),
     )
 
 

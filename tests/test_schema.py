@@ -12,6 +12,7 @@ import pytest
 from opd_daemon import schema
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.store import Store
+from opd_daemon.store_check import check_store
 from opd_daemon.types import EventKind
 from tests.test_store import add_run, log_event, make_run, metrics_event
 
@@ -105,7 +106,9 @@ def after_a_kill(path: Path, into: Path) -> Path:
 
 
 def test_a_kill_loses_nothing_that_was_committed(tmp_path: Path) -> None:
-    with closing(Store(after_a_kill(tmp_path / "opd.db", tmp_path / "killed"))) as store:
+    path = after_a_kill(tmp_path / "opd.db", tmp_path / "killed")
+    assert check_store(path).newest_revision == 20  # also before a daemon has taken it up again
+    with closing(Store(path)) as store:
         assert store.newest_revision() == 20
 
 

@@ -85,7 +85,9 @@ def test_a_damaged_page_is_named(path: Path) -> None:
     with path.open("rb+") as file:
         file.seek(4096 * (root - 1))
         file.write(b"\xa5" * 4096)
-    assert any(line.startswith("SQLite: ") for line in check_store(path).faults)
+    with pytest.raises(OpdError, match=r"damaged.*opd store backup") as caught:
+        check_store(path)
+    assert caught.value.reason is Reason.STORE_UNUSABLE
 
 
 def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 
@@ -54,7 +55,8 @@ class Watch:
                     self._on_lost(lost)
             if time.monotonic() - lost_at > self._patience:
                 raise not_running(self._connection.home)
-            time.sleep(delay)
+            # Not all at the same moment: a daemon that comes back meets everyone who watched it before.
+            time.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(2 * delay, LONGEST_DELAY)
             self._connection.renew()
 
