@@ -37,6 +37,7 @@ T = TypeVar("T")
 # A worker that has reported its outcome has nothing left to do.
 GOODBYE_SECONDS = 10.0
 DISK_RETRY_SECONDS = 5.0
+OVERSLEPT_SECONDS = 1.0
 # What the store says when it can't be written to, which may pass.
 UNSTORED = frozenset({Reason.DISK_FULL, Reason.STORE_UNUSABLE, Reason.INTERNAL})
 # An eighth of a micro-batch that doesn't fit won't be saved by a sixteenth.
@@ -224,10 +225,14 @@ class Attempt:
         while not ended.done():
             self._hurried.clear()
             hurried = asyncio.create_task(self._hurried.wait())
-            await asyncio.wait({ended, hurried}, timeout=self._patience(), return_when=asyncio.FIRST_COMPLETED)
+            due, asked = self._patience(), asyncio.get_running_loop().time()
+            await asyncio.wait({ended, hurried}, timeout=due, return_when=asyncio.FIRST_COMPLETED)
             hurried.cancel()
             if ended.done():
                 break
+            if due is not None and asyncio.get_running_loop().time() - asked > due + OVERSLEPT_SECONDS:
+                # This process itself was stopped, and what the worker said meanwhile is not read yet.
+                self.progressed()
             await self._watch_progress(self._stall)
             self._overdue = self._seconds_left() == 0.0
             if self._overdue or self._stalled:
