@@ -77,6 +77,7 @@ class Life:
             again, _ = client.resume(run.run_id)
             self.promises.attempts[run.run_id] = again.attempt
         elif run.state is RunState.SUCCEEDED:
+            assert self._daemon.home.run(run.run_id).config.exists()
             client.download_adapter(run.run_id, self._root / "downloaded")
             self._delete(client, run.run_id)
 

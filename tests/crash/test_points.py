@@ -86,6 +86,8 @@ def test_a_run_survives_death_at_every_point_of_its_life(daemon: Daemon, tmp_pat
     assert daemon.stop() == 0
     examine(daemon.home, life.promises, findings)
     assert not findings.broken
+    unfinished = [path for path in (daemon.home.root / "configs").iterdir() if path.suffix != ".yaml"]
+    assert not unfinished
     assert {read_header(path) == {} for path in (tmp_path / "downloaded").glob("*.safetensors")} == {True}
     assert {name_of(entry) for entry in IN_A_LIFE} | set(AT_RECOVERY) <= set(daemon.points_hit())
 
