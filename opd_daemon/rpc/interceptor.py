@@ -6,7 +6,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, NoReturn
 
 import grpc
@@ -18,6 +19,7 @@ from opd_daemon.errors import FieldViolation, OpdError, Reason
 from opd_daemon.home import Home
 from opd_daemon.rpc.access import Gate, caller
 from opd_daemon.wire.errors import to_status
+from opd_daemon.wire.malformed import first_fault
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +87,10 @@ class _Call:
     async def unary_stream(self, data: bytes, context: Context) -> AsyncIterator[Any]:
         try:
             self._admit(context)
-            async for response in self._handler.unary_stream(self._decoded(data), context):
-                yield response
+            answers = self._handler.unary_stream(self._decoded(data), context)
+            async with aclosing(_iterated(answers)) as responses:
+                async for response in responses:
+                    yield response
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001 - nothing unmapped may pass
@@ -105,8 +109,10 @@ class _Call:
     async def stream_stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         try:
             self._admit(context)
-            async for response in self._handler.stream_stream(self._all_decoded(requests), context):
-                yield response
+            answers = self._handler.stream_stream(self._all_decoded(requests), context)
+            async with aclosing(_iterated(answers)) as responses:
+                async for response in responses:
+                    yield response
         except GeneratorExit:
             raise
         except BaseException as error:  # noqa: BLE001 - nothing unmapped may pass
@@ -121,10 +127,13 @@ class _Call:
         logs.run_id.set(found.run_id)
 
     def _decoded(self, data: bytes) -> Any:
+        decode = self._handler.request_deserializer
         try:
-            message = self._handler.request_deserializer(data)
+            message = decode(data)
         except DecodeError:
-            raise OpdError(Reason.MALFORMED_MESSAGE, "the request is no message of this call's type") from None
+            fault = first_fault(data, decode(b"").DESCRIPTOR)
+            text = "the request is no message of this call's type"
+            raise OpdError(Reason.MALFORMED_MESSAGE, text, violations=[fault]) from None
         if run_id := getattr(message, "run_id", ""):
             logs.run_id.set(run_id)
         return message
@@ -142,9 +151,9 @@ class _Call:
                 self._tell("CANCELLED")
                 raise error
             error = OpdError(Reason.SHUTTING_DOWN, "the daemon is stopping; try again when it is back")
+        if isinstance(error, KeyboardInterrupt):
+            raise error
         if not isinstance(error, OpdError):
-            if not isinstance(error, Exception):
-                raise error
             log.error("%s failed", self._method, exc_info=error)
             message = f"internal error; the daemon's log has the details of request {self._id}"
             error = OpdError(Reason.INTERNAL, message, request_id=self._id)
@@ -168,6 +177,19 @@ def without_home(error: OpdError, home: Home) -> OpdError:
     violations = [FieldViolation(fault.field, named(fault.description)) for fault in error.violations]
     metadata = {name: named(value) for name, value in error.metadata.items()}
     return OpdError(error.reason, named(error.message), violations=violations, **metadata)
+
+
+async def _iterated(answers: Any) -> AsyncGenerator[Any, None]:
+    """What a handler streams; it may also write to the context and yield nothing, as that of the health service does.
+
+    A handler whose caller goes away is closed at once, so that its work ends before anything else is done.
+    """
+    if isinstance(answers, Awaitable):
+        await answers
+        return
+    async with aclosing(answers):
+        async for response in answers:
+            yield response
 
 
 def _header(details: Details) -> str | None:

@@ -1,0 +1,160 @@
+"""Whatever a handler or a caller does, the border answers with a status of the one map, and handlers are closed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from opd_daemon.errors import OpdError, Reason
+from opd_daemon.rpc.access import Gate
+from opd_daemon.rpc.interceptor import Border
+from opd_daemon.v1 import run_pb2 as pb
+from opd_daemon.wire.errors import from_rpc_error
+from tests.asynchronous import asynchronous, until
+
+TOKEN = "secret"
+SERVICE = "opd_daemon.v1.RunService"
+HEADERS = (("authorization", f"Bearer {TOKEN}"),)
+STYLES = ["unary_unary", "unary_stream", "stream_unary", "stream_stream"]
+
+Act = Callable[[], None]
+
+
+def handler(style: str, act: Act) -> Any:
+    """A handler of this style that does `act` once it is called and, where it streams, after its first message."""
+
+    async def unary(request: Any, context: Any) -> pb.GetRunResponse:
+        if style.startswith("stream"):
+            [message async for message in request]
+        act()
+        return pb.GetRunResponse()
+
+    async def stream(request: Any, context: Any) -> AsyncIterator[pb.GetRunResponse]:
+        yield pb.GetRunResponse()
+        act()
+
+    make = getattr(grpc, f"{style}_rpc_method_handler")
+    return make(
+        stream if style.endswith("stream") else unary,
+        pb.GetRunRequest.FromString,
+        pb.GetRunResponse.SerializeToString,
+    )
+
+
+@asynccontextmanager
+async def serving(**methods: Any) -> AsyncIterator[str]:
+    """The address of a server behind the border with these handlers."""
+    server = grpc.aio.server(interceptors=[Border(Gate(TOKEN, lambda _: None))])
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+    health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(0)
+
+
+async def refusal(address: str, method: str, style: str, data: bytes = b"") -> OpdError:
+    """One call, read until it fails."""
+
+    def ask() -> None:
+        with grpc.insecure_channel(address) as channel:
+            call = getattr(channel, style)(f"/{SERVICE}/{method}")
+            answer = call(iter([data]) if style.startswith("stream") else data, metadata=HEADERS, timeout=10)
+            list(answer if style.endswith("stream") else ())
+
+    try:
+        await asyncio.to_thread(ask)
+    except grpc.RpcError as error:
+        return from_rpc_error(error)
+    pytest.fail("it was accepted")
+
+
+class OddEnd(BaseException):
+    """What a plugin might raise."""
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (ValueError("secret path /home/u/x"), Reason.INTERNAL),
+        (SystemExit(3), Reason.INTERNAL),
+        (OddEnd("secret path /home/u/x"), Reason.INTERNAL),
+        (asyncio.CancelledError(), Reason.SHUTTING_DOWN),
+        (OpdError(Reason.RUN_NOT_FOUND, "no run 'x'"), Reason.RUN_NOT_FOUND),
+    ],
+    ids=repr,
+)
+def test_every_exception_becomes_a_status_without_our_insides(style: str, fault: BaseException, reason: Reason) -> None:
+    def act() -> None:
+        raise fault
+
+    @asynchronous
+    async def scenario() -> None:
+        async with serving(Fail=handler(style, act)) as address:
+            error = await refusal(address, "Fail", style)
+            assert error.reason is reason
+            assert not any(word in str(error) for word in ("secret", "Error", "OddEnd", "Exit"))
+
+    scenario()
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_malformed_message_is_refused_by_its_field(style: str) -> None:
+    @asynchronous
+    async def scenario() -> None:
+        async with serving(Get=handler(style, lambda: None)) as address:
+            error = await refusal(address, "Get", style, b"\x0a\x02\xff\xfe")
+            assert error.reason is Reason.MALFORMED_MESSAGE
+            assert [violation.field for violation in error.violations] == ["run_id"]
+
+    # A stream that reads nothing has nothing to refuse.
+    if style != "stream_stream":
+        scenario()
+
+
+@asynchronous
+async def test_a_caller_that_goes_away_closes_the_handler_at_once() -> None:
+    happened: list[str] = []
+
+    async def endless(request: Any, context: Any) -> AsyncIterator[pb.GetRunResponse]:
+        try:
+            while True:
+                yield pb.GetRunResponse()
+                await asyncio.sleep(0.001)
+        finally:
+            happened.append("closed")
+
+    method = grpc.unary_stream_rpc_method_handler(
+        endless, pb.GetRunRequest.FromString, pb.GetRunResponse.SerializeToString
+    )
+    async with serving(Endless=method) as address, grpc.aio.insecure_channel(address) as channel:
+        call = channel.unary_stream(f"/{SERVICE}/Endless")(b"", metadata=HEADERS)
+        await call.read()
+        call.cancel()
+
+        async def closed() -> bool:
+            return happened == ["closed"]
+
+        await until(closed, seconds=5)
+
+
+@asynchronous
+async def test_a_handler_that_writes_to_its_context_is_served_too() -> None:
+    async with serving() as address, grpc.aio.insecure_channel(address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=""))
+        first = await asyncio.wait_for(watch.read(), 5)
+        assert first.status == health_pb2.HealthCheckResponse.SERVING
+        watch.cancel()
+
+
+@asynchronous
+async def test_no_such_method_is_unimplemented() -> None:
+    async with serving() as address:
+        assert (await refusal(address, "Nothing", "unary_unary")).reason is Reason.NOT_IMPLEMENTED
