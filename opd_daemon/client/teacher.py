@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 REQUEST_BYTES = 8 << 20
+# What a sequence counts beside its ids: so no call has more of them than a daemon takes.
+SEQUENCE_BYTES = 512
 """Most bytes of ids in one request; larger work is split into several calls."""
 
 BUSY = frozenset({Reason.QUEUE_FULL, Reason.TEACHER_LOADING})
@@ -111,7 +113,7 @@ def _split(indices: list[int], sizes: list[int], limit: int) -> list[list[int]]:
 
 def _score_bytes(request: ScoreRequest) -> int:
     candidates = 0 if request.candidate_ids is None else request.candidate_ids.size
-    return 4 * (len(request.token_ids) + candidates) + 64
+    return 4 * (len(request.token_ids) + candidates) + SEQUENCE_BYTES
 
 
 def _score_call(
@@ -155,7 +157,7 @@ def generate(
 ) -> list[list[GeneratedToken]]:
     """Continue prompts; one completion per request, in order. Large batches are split into several calls."""
     completions: list[list[GeneratedToken]] = [[] for _ in requests]
-    sizes = [4 * len(request.prompt_ids) + 64 for request in requests]
+    sizes = [4 * len(request.prompt_ids) + SEQUENCE_BYTES for request in requests]
     for indices in _split(list(range(len(requests))), sizes, REQUEST_BYTES):
         batch = [requests[index] for index in indices]
         for piece in stream_generation(connection, batch, expected, use_cache=use_cache):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 EXPECTED = '{"prompt"}, or mlx-lm\'s {"messages"}, {"prompt", "completion"} or {"text"}'
 
+# In bytes; no row is as long, but some file that has no lines at all may be.
+LONGEST_LINE = 16 << 20
+
 TEACHER_KEYS = ("teacher_prompt", "teacher_messages")
 
 
@@ -110,8 +113,11 @@ def scan_rows(path: Path, limit: int | None = None) -> Iterator[Row | str]:
     found = 0
     try:
         with open_plain(path) as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
                 if found == limit:
+                    return
+                if len(line) > LONGEST_LINE:
+                    yield f"{path}:{number}: longer than {LONGEST_LINE} bytes; give one row a line"
                     return
                 content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if content.strip():

@@ -36,6 +36,8 @@ CHUNK_BYTES = 1 << 20
 MAX_RUNS_PAGE, DEFAULT_RUNS_PAGE = 500, 50
 MAX_METRICS_PAGE, DEFAULT_METRICS_PAGE = 5000, 1000
 MAX_REQUEST_ID = 64
+# Every list of runs carries their configurations, and clients take messages of at most 4 MiB.
+MAX_CONFIG_BYTES = 64 << 10
 
 
 class RunServicer(rpc.RunServiceServicer):
@@ -61,6 +63,9 @@ class RunServicer(rpc.RunServiceServicer):
     async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.CreateRunResponse:
         if len(request.request_id) > MAX_REQUEST_ID:
             raise invalid("request_id", f"{len(request.request_id)} characters long; use at most {MAX_REQUEST_ID}")
+        if request.config.ByteSize() > MAX_CONFIG_BYTES:
+            size = f"{request.config.ByteSize()} bytes; use at most {MAX_CONFIG_BYTES}"
+            raise invalid("config", size, Reason.INVALID_RUN_CONFIG)
         values = {**_preset(request.preset), **wire.config_from_proto(request.config)}
         revision = await self._events.revision()
         run = await self._runs.create(
@@ -73,6 +78,7 @@ class RunServicer(rpc.RunServiceServicer):
         return pb.CreateRunResponse(run=wire.run_to_proto(run), revision=revision)
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
+        _require_run_id(request.run_id)
         caller.get().require_run(request.run_id)
         revision = await self._events.revision()
         return pb.GetRunResponse(run=wire.run_to_proto(await self._runs.get(request.run_id)), revision=revision)
@@ -86,17 +92,21 @@ class RunServicer(rpc.RunServiceServicer):
         return pb.ListRunsResponse(runs=messages, next_page_token=token, revision=revision)
 
     async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
+        _require_run_id(request.run_id)
         return pb.StopRunResponse(run=wire.run_to_proto(await self._runs.stop(request.run_id)))
 
     async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
+        _require_run_id(request.run_id)
         run, from_step = await self._runs.resume(request.run_id)
         return pb.ResumeRunResponse(run=wire.run_to_proto(run), from_step=from_step)
 
     async def DeleteRun(self, request: pb.DeleteRunRequest, context: Context) -> pb.DeleteRunResponse:
+        _require_run_id(request.run_id)
         await self._runs.delete(request.run_id)
         return pb.DeleteRunResponse()
 
     async def ListMetrics(self, request: pb.ListMetricsRequest, context: Context) -> pb.ListMetricsResponse:
+        _require_run_id(request.run_id)
         if request.stride < 0:
             raise invalid("stride", f"{request.stride} is negative; use 0 or 1 for every step")
         size = _page_size(request.page_size, DEFAULT_METRICS_PAGE, MAX_METRICS_PAGE)
@@ -116,12 +126,14 @@ class RunServicer(rpc.RunServiceServicer):
         return response
 
     async def ListCheckpoints(self, request: pb.ListCheckpointsRequest, context: Context) -> pb.ListCheckpointsResponse:
+        _require_run_id(request.run_id)
         checkpoints = await self._runs.checkpoints(request.run_id)
         return pb.ListCheckpointsResponse(checkpoints=[wire.checkpoint_to_proto(entry) for entry in checkpoints])
 
     async def DownloadAdapter(
         self, request: pb.DownloadAdapterRequest, context: Context
     ) -> AsyncIterator[pb.DownloadAdapterResponse]:
+        _require_run_id(request.run_id)
         folder = _chosen(await self._runs.checkpoints(request.run_id), request)
         files = await asyncio.to_thread(adapter_files, folder)
         if not files:
@@ -161,6 +173,7 @@ class RunServicer(rpc.RunServiceServicer):
     async def DownloadReport(
         self, request: pb.DownloadReportRequest, context: Context
     ) -> AsyncIterator[pb.DownloadReportResponse]:
+        _require_run_id(request.run_id)
         for path in await self._runs.report_files(request.run_id):
             data = await asyncio.to_thread(path.read_bytes)
             for offset in range(0, len(data), CHUNK_BYTES):
@@ -170,6 +183,7 @@ class RunServicer(rpc.RunServiceServicer):
     async def CompareModels(
         self, request: pb.CompareModelsRequest, context: Context
     ) -> AsyncIterator[pb.CompareModelsResponse]:
+        _require_run_id(request.run_id)
         run = await self._runs.get(request.run_id)
         await asyncio.to_thread(self._check_paths, run)
         async with aclosing(self._comparisons.compare(comparison.request_from_proto(request))) as answers:
@@ -192,6 +206,11 @@ class RunServicer(rpc.RunServiceServicer):
 async def _pieces(messages: AsyncIterator[pb.UploadPromptsRequest]) -> AsyncIterator[UploadPiece]:
     async for message in messages:
         yield UploadPiece(message.data, message.sha256)
+
+
+def _require_run_id(run_id: str) -> None:
+    if not run_id:
+        raise invalid("run_id", "empty: name a run, as ListRuns shows them")
 
 
 def _preset(name: str) -> dict[str, object]:

@@ -11,16 +11,13 @@ import os
 import secrets
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2
 
 import opd_daemon
 from opd_daemon.addresses import is_loopback
@@ -33,46 +30,16 @@ from opd_daemon.paths import AllowedRoots
 from opd_daemon.retention import Retention
 from opd_daemon.rpc.access import Gate
 from opd_daemon.rpc.assembly import Daemon, Limits
-from opd_daemon.rpc.catalog_service import CatalogServicer
+from opd_daemon.rpc.front import Front
 from opd_daemon.rpc.interceptor import Border
 from opd_daemon.rpc.listening import Listener
 from opd_daemon.rpc.meter import CallTally, Meter
-from opd_daemon.rpc.run_service import RunServicer
-from opd_daemon.rpc.teacher_service import TeacherServicer
-from opd_daemon.rpc.worker_service import WorkerServicer
 from opd_daemon.runs.stall import USUAL, StallPolicy
 from opd_daemon.token_file import kept_token
-from opd_daemon.v1 import (
-    catalog_pb2,
-    catalog_pb2_grpc,
-    run_pb2,
-    run_pb2_grpc,
-    teacher_pb2,
-    teacher_pb2_grpc,
-    worker_pb2,
-    worker_pb2_grpc,
-)
 
 log = logging.getLogger(__name__)
 
-MAX_REQUEST_BYTES = 64 << 20
-# macOS allows 104 bytes including the final zero; Linux 108.
-MAX_SOCKET_PATH = 103
-# In a gRPC address these part a list, escape, or begin a query or a fragment.
-READ_OTHERWISE = frozenset(",%?#")
 RPC_GRACE_SECONDS = 2.0
-
-OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
-    ("grpc.max_send_message_length", -1),
-    # Two daemons must never share a port in silence.
-    ("grpc.so_reuseport", 0),
-    # Whatever keepalive a client is set to, it is not thrown out for it.
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-]
-
 
 # A way in beside gRPC: given the daemon, its token and its calls, it is open inside the context and gives its port.
 Door = Callable[[Daemon, str, CallTally], AbstractAsyncContextManager[int]]
@@ -134,17 +101,15 @@ async def _serve(settings: ServeSettings) -> None:
     roots = AllowedRoots.default(settings.home, settings.allowed_roots, remote=remote)
     async with Daemon.open(settings.home, limits, roots) as daemon:
         calls = CallTally()
-        border = Border(Gate(token, daemon.runs.run_for_token), settings.home)
-        server = grpc.aio.server(options=OPTIONS, interceptors=[Meter(calls), border])
-        serving = _add_services(server, daemon, roots)
-        # It would say SERVING by itself, before earlier runs are taken up.
-        await serving.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        interceptors = [Meter(calls), Border(Gate(token, daemon.runs.run_for_token), settings.home)]
+        front = Front(daemon, roots, interceptors, port=settings.port, listener=settings.listener)
         async with (
             settings.web(daemon, token, calls) if settings.web else contextlib.nullcontext() as web_port,
-            _listening(server, settings, token, daemon.events.store_id, web_port) as address,
+            _listening(front, settings.home, token, web_port) as address,
         ):
             await daemon.begin(address)
-            await serving.set("", health_pb2.HealthCheckResponse.SERVING)
+            await front.serving.set("", health_pb2.HealthCheckResponse.SERVING)
+            kept = asyncio.create_task(front.keep_open())
             sys.stdout.write(f"opd {opd_daemon.__version__} serves {settings.home.root} at {address}\n")
             sys.stdout.flush()
             preload = asyncio.create_task(daemon.preload(settings.teacher_path)) if settings.teacher_path else None
@@ -152,82 +117,37 @@ async def _serve(settings: ServeSettings) -> None:
             log.info("stopping")
             if preload:
                 preload.cancel()
-            await serving.enter_graceful_shutdown()
+            kept.cancel()
+            await front.serving.enter_graceful_shutdown()
             hit("drain.health")
             await daemon.end(settings.stop_grace_seconds)
-            await server.stop(RPC_GRACE_SECONDS)
-
-
-def _add_services(server: grpc.aio.Server, daemon: Daemon, roots: AllowedRoots) -> health.aio.HealthServicer:
-    teacher = TeacherServicer(daemon.teacher, daemon.teacher_users, roots)
-    teacher_pb2_grpc.add_TeacherServiceServicer_to_server(teacher, server)
-    runs = RunServicer(daemon.runs, daemon.events, daemon.comparisons, uploads=daemon.uploads, roots=roots)
-    run_pb2_grpc.add_RunServiceServicer_to_server(runs, server)
-    catalog = CatalogServicer(daemon.plugins, daemon.home, daemon.all_runs, roots)
-    catalog_pb2_grpc.add_CatalogServiceServicer_to_server(catalog, server)
-    worker = WorkerServicer(daemon.runs, daemon.events, daemon.comparisons)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server)
-    serving = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(serving, server)
-    files = (teacher_pb2, run_pb2, catalog_pb2, worker_pb2, health_pb2)
-    names = [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]
-    reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
-    return serving
+            await front.server.stop(RPC_GRACE_SECONDS)
 
 
 @contextlib.asynccontextmanager
-async def _listening(
-    server: grpc.aio.Server, settings: ServeSettings, token: str, store_id: str, web_port: int | None
-) -> AsyncIterator[str]:
-    """Bind, start, publish the discovery file; yields the address; takes socket and file away again."""
-    socket = _socket_path(settings.home)
-    socket.unlink(missing_ok=True)
-    port = _bind(server, socket, settings.port)
-    listening = settings.listener.bind(server) if settings.listener else None
-    await server.start()
-    socket.chmod(0o600)
-    address = f"unix:{socket}"
+async def _listening(front: Front, home: Home, token: str, web_port: int | None) -> AsyncIterator[str]:
+    """Open, publish the discovery file; yields the address; takes socket and file away again."""
+    await front.open()
+    address = f"unix:{front.socket}"
     facts = {
         "pid": os.getpid(),
         "address": address,
-        "socket": str(socket),
-        "port": port,
-        "listening": listening,
+        "socket": str(front.socket),
+        "port": front.port,
+        "listening": front.listening,
         "web_port": web_port,
         "token": token,
-        "store_id": store_id,
+        "store_id": front.daemon.events.store_id,
         "version": opd_daemon.__version__,
     }
-    _publish(settings.home.discovery, facts)
+    _publish(home.discovery, facts)
     try:
         yield address
     finally:
-        settings.home.discovery.unlink(missing_ok=True)
-        socket.unlink(missing_ok=True)
-        if socket.parent != settings.home.runtime:
-            socket.parent.rmdir()
-
-
-def _bind(server: grpc.aio.Server, socket: Path, port: int | None) -> int | None:
-    try:
-        server.add_insecure_port(f"unix:{socket}")
-    except RuntimeError:
-        message = f"{socket.parent} takes no unix socket; choose another home with --home or $OPD_HOME"
-        raise OpdError(Reason.INVALID_REQUEST, message) from None
-    if port is None:
-        return None
-    try:
-        return server.add_insecure_port(f"127.0.0.1:{port}")
-    except RuntimeError:
-        message = f"--port {port}: in use on 127.0.0.1; choose another, or 0 for any free one"
-        raise OpdError(Reason.INVALID_REQUEST, message, port=port) from None
-
-
-def _socket_path(home: Home) -> Path:
-    """The home's own socket path, or one in a fresh private folder where that is too long, or no gRPC address."""
-    if len(os.fsencode(home.socket)) <= MAX_SOCKET_PATH and not READ_OTHERWISE & set(str(home.socket)):
-        return home.socket
-    return Path(tempfile.mkdtemp(prefix="opd-")) / "opd.sock"
+        home.discovery.unlink(missing_ok=True)
+        front.socket.unlink(missing_ok=True)
+        if front.socket.parent != home.runtime:
+            front.socket.parent.rmdir()
 
 
 def _publish(path: Path, facts: dict[str, object]) -> None:

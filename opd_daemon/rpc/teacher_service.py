@@ -17,7 +17,7 @@ from opd_daemon.rpc.assembly import ResidentTeacher
 from opd_daemon.rpc.interceptor import Context
 from opd_daemon.teacher.folder import is_hub_id
 from opd_daemon.teacher.tokenizer import TextTokenizer
-from opd_daemon.teacher.validation import check_ids
+from opd_daemon.teacher.validation import check_count, check_ids
 from opd_daemon.textstream import TextStream
 from opd_daemon.types import GeneratedToken, ScoreRequest, TeacherInfo
 from opd_daemon.v1 import teacher_pb2 as pb
@@ -26,6 +26,7 @@ from opd_daemon.wire import teacher as wire
 
 CLIENT_HEADER = "opd-client"
 MOST_OF_A_NAME = 64
+MOST_CHARACTERS = 8 << 20
 
 
 class TeacherServicer(rpc.TeacherServiceServicer):
@@ -72,8 +73,7 @@ class TeacherServicer(rpc.TeacherServiceServicer):
         self, request: pb.ComputeLogprobsRequest, context: Context
     ) -> AsyncIterator[pb.ComputeLogprobsResponse]:
         info = self._teacher.meant(request.expected_teacher_digest, request.expected_tokenizer_digest)
-        if not request.sequences:
-            raise invalid("sequences", "none given; send at least one sequence")
+        check_count("sequences", len(request.sequences))
         requests = await self._score_requests(request, info)
         yield pb.ComputeLogprobsResponse(identity=_identity(info))
         run_id = caller.get().run_id
@@ -95,8 +95,7 @@ class TeacherServicer(rpc.TeacherServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         info = self._teacher.meant(request.expected_teacher_digest, request.expected_tokenizer_digest)
-        if not request.prompts:
-            raise invalid("prompts", "none given; send at least one prompt")
+        check_count("prompts", len(request.prompts))
         tokenizer = await self._teacher.tokenizer(info)
         ids = [
             await self._token_ids(entry.tokens, f"prompts[{index}].tokens", info)
@@ -130,7 +129,8 @@ class TeacherServicer(rpc.TeacherServiceServicer):
         info = self._teacher.loaded()
         ids = await self._token_ids(request.tokens, "tokens", info)
         check_ids("tokens.token_ids", ids, info)
-        text = (await self._teacher.tokenizer(info)).decode(ids.tolist())
+        tokenizer = await self._teacher.tokenizer(info)
+        text = await asyncio.to_thread(tokenizer.decode, ids.tolist())
         return pb.TokenizeResponse(token_ids=pb.TokenIds(ids=wire.pack(ids)), text=text, identity=_identity(info))
 
     async def GetCacheStats(self, request: pb.GetCacheStatsRequest, context: Context) -> pb.GetCacheStatsResponse:
@@ -176,10 +176,13 @@ class TeacherServicer(rpc.TeacherServiceServicer):
                 return wire.unpack(tokens.token_ids.ids, f"{name}.token_ids")
             case "text":
                 tokenizer = await self._teacher.tokenizer(info)
-                return np.asarray(tokenizer.encode(tokens.text), dtype=np.int32)
+                _require_short(len(tokens.text), f"{name}.text")
+                # Long texts take their time, and the event loop has none.
+                return np.asarray(await asyncio.to_thread(tokenizer.encode, tokens.text), dtype=np.int32)
             case "chat":
                 tokenizer = await self._teacher.tokenizer(info)
-                return np.asarray(_render(tokenizer, tokens.chat, f"{name}.chat"), dtype=np.int32)
+                ids = await asyncio.to_thread(_render, tokenizer, tokens.chat, f"{name}.chat")
+                return np.asarray(ids, dtype=np.int32)
             case _:
                 raise invalid(name, "empty: give token_ids, text or chat")
 
@@ -187,8 +190,18 @@ class TeacherServicer(rpc.TeacherServiceServicer):
 def _render(tokenizer: TextTokenizer, chat: pb.Chat, name: str) -> Sequence[int]:
     if not chat.messages:
         raise invalid(f"{name}.messages", "none given; a chat has at least one message")
+    _require_short(sum(len(entry.content) for entry in chat.messages), name)
     messages = [{"role": entry.role, "content": entry.content} for entry in chat.messages]
-    return tokenizer.render_chat(messages, chat.add_generation_prompt)
+    try:
+        return tokenizer.render_chat(messages, chat.add_generation_prompt)
+    except OpdError as refusal:
+        # Under the name of the field it has in this call.
+        raise invalid(name, " ".join(refusal.violations[0].description.split())) from None
+
+
+def _require_short(characters: int, name: str) -> None:
+    if characters > MOST_CHARACTERS:
+        raise invalid(name, f"{characters} characters; send at most {MOST_CHARACTERS}, or token ids")
 
 
 def _client(context: Context) -> str:

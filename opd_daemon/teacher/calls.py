@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from opd_daemon.errors import OpdError
+from opd_daemon.errors import RETRY_AFTER, OpdError, Reason
 from opd_daemon.teacher.batching import GenerationItem, ScoreItem
 from opd_daemon.teacher.cache import TeacherCache
 from opd_daemon.teacher.engine import Engine
@@ -27,6 +28,8 @@ from opd_daemon.teacher.payload import (
 from opd_daemon.types import CachedScores, GeneratedToken, GenerateRequest, ScoreRequest, Scores, TeacherInfo
 
 ENTRIES_AT_ONCE = 16
+# Scores of one call that may wait for its reader: enough for several forward passes of a large model.
+BYTES_AHEAD = 64 << 20
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -104,43 +107,110 @@ async def scores(
     call: Call, requests: Sequence[ScoreRequest], *, deadline: float | None
 ) -> AsyncGenerator[tuple[int, CachedScores], None]:
     """Scores of valid requests, each with its index, as they are ready."""
-    desk, info = call.desk, call.info
-    lookup = Lookup(desk, requests, entry_scores)
-    mailbox: Mailbox[tuple[int, Scores | OpdError, float]] = Mailbox()
-    items: list[ScoreItem] = []
-
-    def deliver(index: int, result: Scores | OpdError, milliseconds: float) -> None:
-        # First kept, then handed over: whoever has it and asks again finds it.
-        if lookup.addresses[index] and isinstance(result, Scores):
-            desk.cache.write(lookup.addresses[index], scores_entry(result, milliseconds))
-        mailbox.post((index, result, milliseconds))
-
-    def compute(indices: Sequence[int]) -> None:
-        call.require_teacher(len(indices), len(requests))
-        together = items if call.apart else None
-        new = [
-            ScoreItem(requests[index], call.client, partial(deliver, index), deadline, together) for index in indices
-        ]
-        if new:
-            desk.engine.score(info.digest, new)
-            items.extend(new)
-
+    lookup = Lookup(call.desk, requests, entry_scores)
+    running = Scoring(call, lookup, deadline)
     try:
         if call.use_cache:
-            await lookup.find(partial(score_key, info))
-        compute(lookup.missing)
+            await lookup.find(partial(score_key, call.info))
+        running.start(lookup.missing)
         async for index, hit in lookup.read():
             if hit:
                 yield index, CachedScores(hit[0], cached=True, milliseconds=hit[1])
             else:
-                compute([index])
-        for _ in items:
-            index, result, milliseconds = await mailbox.get()
+                running.start([index])
+        async for index, scored in running.results():
+            yield index, scored
+    finally:
+        running.cancel()
+
+
+class Scoring:
+    """The sequences of one call that the engine scores.
+
+    Not more is computed ahead of a reader than `BYTES_AHEAD`, so that one who stops reading costs no more memory. What
+    is computed apart is queued all at once: what shares its passes must not hang on how fast it is read.
+    """
+
+    def __init__(self, call: Call, lookup: Lookup[ScoreRequest, Scores], deadline: float | None) -> None:
+        self._call = call
+        self._requests = lookup.requests
+        self._lookup = lookup
+        self._deadline = deadline
+        self._mailbox: Mailbox[tuple[int, Scores | OpdError, float]] = Mailbox()
+        self._items: list[ScoreItem] = []
+        self._later: deque[int] = deque()
+        self._ahead: dict[int, int] = {}
+
+    def start(self, indices: Sequence[int]) -> None:
+        """Queue some of the requests. Raises QUEUE_FULL, or why there is no teacher to do it."""
+        self._call.require_teacher(len(indices), len(self._requests))
+        self._later.extend(indices)
+        self._go_on()
+
+    async def results(self) -> AsyncGenerator[tuple[int, CachedScores], None]:
+        """The scores of what was started, as they are ready."""
+        while self._ahead or self._later:
+            if self._later:
+                await self._go_on_when_there_is_room()
+            index, result, milliseconds = await self._mailbox.get()
             if isinstance(result, OpdError):
                 raise result
+            del self._ahead[index]
             yield index, CachedScores(result, cached=False, milliseconds=milliseconds)
-    finally:
-        desk.engine.cancel(items)
+
+    def cancel(self) -> None:
+        """Forget what still runs."""
+        self._call.desk.engine.cancel(self._items)
+
+    async def _go_on_when_there_is_room(self) -> None:
+        """Queue more; a queue that others have filled since is waited for, as this call was accepted before."""
+        while True:
+            try:
+                self._go_on()
+            except OpdError as full:
+                if full.reason is not Reason.QUEUE_FULL:
+                    raise
+                if not self._ahead:
+                    await asyncio.sleep(int(full.metadata[RETRY_AFTER]) / 1000)
+                    continue
+            return
+
+    def _go_on(self) -> None:
+        chosen: dict[int, int] = {}
+        held = sum(self._ahead.values())
+        for index in self._later:
+            if held >= BYTES_AHEAD and not self._call.apart:
+                break
+            chosen[index] = _bytes_of_scores(self._requests[index], self._call.info)
+            held += chosen[index]
+        new = [self._item(index) for index in chosen]
+        if new:
+            self._call.desk.engine.score(self._call.info.digest, new)
+        for _ in chosen:
+            self._later.popleft()
+        self._items.extend(new)
+        self._ahead |= chosen
+
+    def _item(self, index: int) -> ScoreItem:
+        together = self._items if self._call.apart else None
+        return ScoreItem(
+            self._requests[index], self._call.client, partial(self._deliver, index), self._deadline, together
+        )
+
+    def _deliver(self, index: int, result: Scores | OpdError, milliseconds: float) -> None:
+        # First kept, then handed over: whoever has it and asks again finds it.
+        address = self._lookup.addresses[index]
+        if address and isinstance(result, Scores):
+            self._call.desk.cache.write(address, scores_entry(result, milliseconds))
+        self._mailbox.post((index, result, milliseconds))
+
+
+def _bytes_of_scores(request: ScoreRequest, info: TeacherInfo) -> int:
+    """About how much memory a result takes."""
+    wants = request.wants
+    candidates = 0 if request.candidate_ids is None else request.candidate_ids.shape[1]
+    numbers = 3 + 2 * wants.top_k + candidates + len(wants.log_z_temperatures)
+    return 4 * request.rows * (numbers + (info.hidden_size if wants.hidden else 0))
 
 
 class Completions:

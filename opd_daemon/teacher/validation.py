@@ -12,11 +12,18 @@ from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
 from opd_daemon.types import GenerateRequest, Int32, ScoreRequest, ScoreWants, TeacherInfo
 
 MAX_SEED = 2**32 - 1
+MOST_ALTERNATIVES = 1024
+# Of one call: looking at more would hold up everybody else.
+MOST_SEQUENCES = 16_384
+MOST_TEMPERATURES = 64
 
 
 def check_scores(requests: Sequence[ScoreRequest], info: TeacherInfo) -> None:
     """Raise INVALID_REQUEST naming every fault, or HIDDEN_NOT_SUPPORTED."""
     faults = [fault for index, request in enumerate(requests) for fault in _score_faults(index, request, info)]
+    # One object for all the sequences of a call, which may hold millions of ids.
+    for masked in {id(request.masked_token_ids): request.masked_token_ids for request in requests}.values():
+        faults += _masked_faults(masked, info)
     if not requests:
         faults.append(FieldViolation("sequences", "empty; send at least one sequence"))
     _raise(faults)
@@ -30,6 +37,14 @@ def check_generations(requests: Sequence[GenerateRequest], info: TeacherInfo) ->
     if not requests:
         faults.append(FieldViolation("prompts", "empty; send at least one prompt"))
     _raise(faults)
+
+
+def check_count(field: str, count: int) -> None:
+    """Raise INVALID_REQUEST unless there is something to do, and not too much of it for one call."""
+    if not count:
+        raise violations_error([FieldViolation(field, "none given; send at least one")])
+    if count > MOST_SEQUENCES:
+        raise violations_error([FieldViolation(field, f"{count} of them; send at most {MOST_SEQUENCES} in one call")])
 
 
 def check_ids(path: str, ids: Int32, info: TeacherInfo) -> None:
@@ -60,8 +75,11 @@ def _score_faults(index: int, request: ScoreRequest, info: TeacherInfo) -> Itera
     elif request.candidate_ids is not None and size > 1:
         yield from _candidate_faults(f"{path}.candidate_ids", request.candidate_ids, request.rows, info)
     yield from _wants_faults(request.wants, request.candidate_ids is not None, info)
-    yield from _ids_faults("masked_token_ids", request.masked_token_ids, info, least=0)
-    if len(set(request.masked_token_ids)) >= info.vocab_size:
+
+
+def _masked_faults(masked: Sequence[int], info: TeacherInfo) -> Iterator[FieldViolation]:
+    yield from _ids_faults("masked_token_ids", masked, info, least=0)
+    if len(set(masked)) >= info.vocab_size:
         yield FieldViolation("masked_token_ids", "masks the whole vocabulary")
 
 
@@ -78,6 +96,10 @@ def _candidate_faults(path: str, candidates: Int32, rows: int, info: TeacherInfo
 def _wants_faults(wants: ScoreWants, candidates: bool, info: TeacherInfo) -> Iterator[FieldViolation]:
     if not 0 <= wants.top_k <= info.vocab_size:
         yield FieldViolation("outputs.top_k", f"{wants.top_k}; must be between 1 and {info.vocab_size}")
+    if len(wants.log_z_temperatures) > MOST_TEMPERATURES:
+        count = len(wants.log_z_temperatures)
+        yield FieldViolation("outputs.log_z_temperatures", f"{count} temperatures; send at most {MOST_TEMPERATURES}")
+        return
     for temperature in wants.log_z_temperatures:
         if not (math.isfinite(temperature) and temperature > 0):
             yield FieldViolation("outputs.log_z_temperatures", f"{temperature}; must be a positive number")
@@ -99,8 +121,9 @@ def _generation_faults(index: int, request: GenerateRequest, info: TeacherInfo) 
         yield FieldViolation(f"{path}.temperature", f"{request.temperature}; must be 0 (greedy) or positive")
     if not 0 < request.top_p <= 1:
         yield FieldViolation(f"{path}.top_p", f"{request.top_p}; must be above 0 and at most 1")
-    if not 0 <= request.top_logprobs <= info.vocab_size:
-        yield FieldViolation(f"{path}.top_logprobs", f"{request.top_logprobs}; must be 0 to {info.vocab_size}")
+    most = min(MOST_ALTERNATIVES, info.vocab_size)
+    if not 0 <= request.top_logprobs <= most:
+        yield FieldViolation(f"{path}.top_logprobs", f"{request.top_logprobs}; must be 0 to {most}")
     if request.seed is not None and not 0 <= request.seed <= MAX_SEED:
         yield FieldViolation(f"{path}.seed", f"{request.seed}; must be 0 to {MAX_SEED}")
 

@@ -9,6 +9,7 @@ from typing import Any
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from opd_daemon.errors import invalid
 from opd_daemon.types import Event, EventKind, Gauges, RunState
 from opd_daemon.v1 import event_pb2 as pb
 
@@ -21,8 +22,17 @@ def time_to_proto(time: datetime) -> Timestamp:
 
 
 def time_from_proto(stamp: Timestamp) -> datetime:
-    """A Timestamp as an aware time in UTC."""
-    return stamp.ToDatetime(tzinfo=UTC)
+    """A Timestamp as an aware time in UTC.
+
+    Raises:
+        OpdError: INVALID_REQUEST for a moment outside the years 1 to 9999.
+    """
+    try:
+        return stamp.ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise invalid(
+            "time", f"{stamp.seconds} seconds are outside the years 1 to 9999; send the time of now"
+        ) from None
 
 
 def state_to_proto(state: RunState | str | None) -> pb.RunState.ValueType:

@@ -88,8 +88,8 @@ def seconds_to_proto(seconds: float) -> Duration:
 
 
 def seconds_from_proto(duration: Duration) -> float:
-    """A Duration in seconds."""
-    return duration.ToTimedelta().total_seconds()
+    """A Duration in seconds, of whatever length: some are longer than a timedelta can be."""
+    return duration.seconds + duration.nanos / 1e9
 
 
 def plan_to_proto(plan: Plan) -> pb.RunPlan:

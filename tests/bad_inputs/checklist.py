@@ -1,0 +1,106 @@
+"""The 84 faults and bad inputs the daemon is held to, and the test that holds each.
+
+A place is `file::function` here or below `tests`, or one of `FOLDERS`, whose tests say it themselves.
+"""
+
+# One row per fault reads best as a table.
+# ruff: noqa: E501
+from __future__ import annotations
+
+FOLDERS = ("tests/watch", "tests/crash", "tests/security", "tests/web")
+WATCH, CRASH, SECURITY, WEB = FOLDERS
+
+WIRE = "tests/bad_inputs/test_wire.py::test_fault_is_named_and_the_daemon_serves_on"
+BY_HAND = "tests/bad_inputs/test_wire.py::test_a_call_by_hand_gets_the_status_of_the_protocol"
+ARGUMENTS = "tests/bad_inputs/test_arguments.py::test_fault_is_named_and_the_daemon_serves_on"
+CONFIG = "tests/bad_inputs/test_config.py::test_fault_is_named_and_the_daemon_serves_on"
+DATA = "tests/bad_inputs/test_data.py::test_fault_is_named_and_the_daemon_serves_on"
+PLUGIN = "tests/bad_inputs/test_plugins.py::test_a_broken_plugin_is_named_with_its_fault"
+
+# number: (what is done to the daemon, what must come of it, the test that holds it)
+CHECKLIST: dict[int, tuple[str, str, str]] = {
+    1: ("garbage bytes as a message", "INVALID_ARGUMENT, the field", WIRE),
+    2: ("invalid UTF-8", "INVALID_ARGUMENT, the field", WIRE),
+    3: ("empty request", "the missing fields", "tests/bad_inputs/test_arguments.py::test_an_empty_request_is_told_what_it_lacks"),
+    4: ("unknown fields", "served", "tests/bad_inputs/test_wire.py::test_fields_of_a_newer_version_are_no_fault"),
+    5: ("request beyond the limit", "RESOURCE_EXHAUSTED", "tests/bad_inputs/test_wire.py::test_a_request_of_5_mb_is_judged_and_one_of_65_mb_is_not_taken"),
+    6: ("200 KB of metadata", "RESOURCE_EXHAUSTED", "tests/bad_inputs/test_wire.py::test_metadata_of_200_kb_is_not_taken"),
+    7: ("unknown method", "UNIMPLEMENTED", "tests/bad_inputs/test_wire.py::test_an_unknown_method_is_unimplemented"),
+    8: ("HTTP/1.1, TLS, noise on the port", "serving", "tests/bad_inputs/test_wire.py::test_whatever_is_said_to_the_port_the_daemon_serves_on"),
+    9: ("800 idle connections", "serving", "tests/bad_inputs/test_wire.py::test_idle_connections_cost_nobody_anything"),
+    10: ("half-open client", "gone within keepalive", "tests/bad_inputs/test_wire.py::test_a_half_open_client_is_gone_within_keepalive"),
+    11: ("reset in mid-stream", "the handler's finally ran", "tests/rpc/test_interceptor.py::test_a_caller_that_goes_away_closes_the_handler_at_once"),
+    12: ("client stops reading", "memory flat", "tests/bad_inputs/test_teacher.py::test_a_client_that_stops_reading_costs_no_memory"),
+    13: ("deadline past", "nothing computed", "tests/bad_inputs/test_teacher.py::test_a_deadline_that_is_past_computes_nothing"),
+    14: ("cancel while queued or computing", "slot freed", "tests/bad_inputs/test_teacher.py::test_who_cancels_frees_the_queue"),
+    15: ("slowloris on HTTP", "serving", WEB),
+    16: ("gzip bomb", "within the limit", "tests/bad_inputs/test_wire.py::test_a_gzip_bomb_is_not_unpacked_beyond_the_limit"),
+    17: ("0 tokens, 1, the context, one more", "INVALID_ARGUMENT, the field", ARGUMENTS),
+    18: ("token id -1, the vocabulary's size, 2^31-1", "INVALID_ARGUMENT, the field", ARGUMENTS),
+    19: ("top_k 0, 1, the vocabulary, one more", "INVALID_ARGUMENT, the field", ARGUMENTS),
+    20: ("NaN, infinity, 1e308 in a configuration", "INVALID_ARGUMENT, the field", CONFIG),
+    21: ("deep or huge Struct", "INVALID_ARGUMENT, the field", CONFIG),
+    22: ("bytes that don't fit the shape", "INVALID_ARGUMENT, the field", ARGUMENTS),
+    23: ("names with .., /, NUL, 10 KB, emoji", "INVALID_ARGUMENT, the field", "tests/bad_inputs/test_config.py::test_a_name_that_is_no_name_is_refused"),
+    24: ("paths to nothing, a device, a FIFO, a folder", "INVALID_ARGUMENT, the field", DATA),
+    25: ("rows empty, broken, with BOM, endless", "INVALID_ARGUMENT, the line", DATA),
+    26: ("request_id again", "same run, or ALREADY_EXISTS", "tests/bad_inputs/test_runs.py::test_stop_twice_and_resume_or_delete_while_running_are_conflicts"),
+    27: ("forged page_token", "INVALID_ARGUMENT, the field", ARGUMENTS),
+    28: ("after_revision -1, now+1, 2^63-1", "INVALID_ARGUMENT or OUT_OF_RANGE", ARGUMENTS),
+    29: ("unknown enum value", "INVALID_ARGUMENT, the field", ARGUMENTS),
+    30: ("clock jumps back an hour", "serving, in order", CRASH),
+    31: ("model files missing, cut, lying", "FAILED_PRECONDITION, the reason", SECURITY),
+    32: ("tokenizer digest mismatch", "FAILED_PRECONDITION", ARGUMENTS),
+    33: ("out of memory in a load or call", "RESOURCE_EXHAUSTED, next call works", "tests/teacher/test_loading.py"),
+    34: ("NaN logits", "DATA_LOSS, never sent", "tests/teacher/test_scoring.py"),
+    35: ("the compute thread dies", "NOT_SERVING", CRASH),
+    36: ("10 x overload", "QUEUE_FULL with a retry hint", "tests/bad_inputs/test_teacher.py::test_a_full_queue_refuses_with_a_time"),
+    37: ("same request twice, batched or alone", "same within tolerance", "tests/bad_inputs/test_teacher.py::test_the_same_request_gets_the_same_answer_alone_and_beside_others"),
+    38: ("plugin: import error", "named, others in use", PLUGIN),
+    39: ("plugin: syntax error", "named, others in use", PLUGIN),
+    40: ("plugin: slow import", "told, in use", "tests/bad_inputs/test_plugins.py::test_a_slow_import_is_told"),
+    41: ("plugin: sys.exit in import", "named, others in use", PLUGIN),
+    42: ("plugin: wrong hook", "named, others in use", PLUGIN),
+    43: ("plugin: wrong argument", "named, others in use", PLUGIN),
+    44: ("plugins: one trainer's name twice", "second refused", PLUGIN),
+    45: ("plugin writes to stdout", "in use, stdout clean", PLUGIN),
+    46: ("hook raises, hangs, leaves", "nobody held up", "tests/bad_inputs/test_plugins.py::test_hooks_that_raise_leave_or_hang_hold_nobody_up"),
+    47: ("worker segfault", "run told, teacher warm", CRASH),
+    48: ("worker killed", "run told, resumable", CRASH),
+    49: ("worker ignores SIGTERM", "killed after its grace", CRASH),
+    50: ("worker floods a million events", "bounded", CRASH),
+    51: ("worker prints 1 GB", "bounded", CRASH),
+    52: ("worker without progress", "stall event", CRASH),
+    53: ("worker outlives the daemon", "reaped", CRASH),
+    54: ("stop twice, stop finished, delete running", "once, FAILED_PRECONDITION", "tests/bad_inputs/test_runs.py::test_stop_twice_and_resume_or_delete_while_running_are_conflicts"),
+    55: ("ENOSPC at each write", "nothing acknowledged is lost", CRASH),
+    56: ("EIO at each write", "nothing acknowledged is lost", CRASH),
+    57: ("home read-only", "refused with a cure", CRASH),
+    58: ("kill -9 at each failpoint", "nothing acknowledged is lost", CRASH),
+    59: ("torn WAL, corrupt page, newer store", "refused with a cure", WATCH),
+    60: ("home deleted while running", "told", CRASH),
+    61: ("too few file descriptors", "serving again", CRASH),
+    62: ("second daemon", "refused with the other's pid", "tests/bad_inputs/test_config.py::test_a_second_daemon_names_the_first"),
+    63: ("stale lock or socket", "recovered", CRASH),
+    64: ("SIGTERM while busy, twice, SIGSTOP", "drains in order", CRASH),
+    65: ("sleep of the machine", "goes on", CRASH),
+    66: ("upgrade and downgrade", "migrates or refuses", WATCH),
+    67: ("the six guarantees through death", "hold", WATCH),
+    68: ("1 000 watchers", "served", WATCH),
+    69: ("one stalled for an hour", "costs nobody anything", WATCH),
+    70: ("resume storm", "served", WATCH),
+    71: ("compaction while reading", "never a silent gap", WATCH),
+    72: ("a filter that matches nothing", "bookmarks all the same", WATCH),
+    73: ("no token, a wrong one", "UNAUTHENTICATED", WIRE),
+    74: ("foreign Host", "refused", WEB),
+    75: ("foreign Origin", "refused", WEB),
+    76: ("simple POST from a page", "refused", WEB),
+    77: ("any other address without TLS", "refuses to start", SECURITY),
+    78: ("files others can read", "refused", SECURITY),
+    79: ("what errors say", "nothing of our insides", "tests/bad_inputs/test_fuzz.py::test_no_request_breaks_anything"),
+    80: ("log injection", "one line an event", SECURITY),
+    81: ("pickle anywhere", "lint failure", SECURITY),
+    82: ("pip-audit", "clean", SECURITY),
+    83: ("markup in a run's name", "no script", WEB),
+    84: ("URLs as input", "none accepted", SECURITY),
+}  # fmt: skip
