@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-HEAVY = ("matplotlib", "scipy", "mlx_lm", "transformers", "jinja2", "prometheus_client", "starlette", "uvicorn", "ssl")
+HEAVY = ("matplotlib", "scipy", "mlx_lm", "transformers", "jinja2", "prometheus_client", "starlette", "uvicorn")
 SERVED = (
     "import sys, opd_daemon.cli.main, opd_daemon.rpc.server\n"
     "from opd_daemon.plugins import PluginRegistry\n"
