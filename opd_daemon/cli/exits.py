@@ -28,7 +28,8 @@ def of_error(error: OpdError) -> int:
     """The exit code an error ends the command with."""
     if error.reason is Reason.DAEMON_NOT_RUNNING:
         return NO_DAEMON
-    return USAGE if error.code in _INPUT else FAILED
+    named_wrongly = error.code in _INPUT or error.reason is Reason.PATH_NOT_ALLOWED
+    return USAGE if named_wrongly else FAILED
 
 
 def of_state(state: RunState) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import logging
 import os
 import tempfile
@@ -99,8 +99,11 @@ class Front:
     async def keep_open(self) -> None:
         """Open again whenever the server has died; until cancelled."""
         while True:
-            with contextlib.suppress(UnicodeDecodeError):
-                await self.server.wait_for_termination()
+            # A task of its own: cancelling the wait itself would cancel the server's stop as well.
+            ended = asyncio.create_task(self.server.wait_for_termination())
+            await asyncio.wait({ended})
+            if ended.exception() is None:
+                return
             log.error("the gRPC server died of a call it could not read; another takes its place")
             await self.open()
             await self.serving.set("", health_pb2.HealthCheckResponse.SERVING)

@@ -223,9 +223,10 @@ def raised(folder: Path, furnish: Callable[[Home], None] = lambda _: None) -> It
             for _ in client.load_teacher(str(folder / "teacher")):
                 pass
             yield Stage(process, client, folder)
+        assert process.stop() == 0
     finally:
         if process.process.poll() is None:
-            process.stop()
+            process.kill()
 
 
 def refusal(wrong: Callable[[], object]) -> OpdError:

@@ -63,7 +63,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
         patch.setenv("PYTHONPATH", str(folder / "site"), prepend=":")
         process = DaemonProcess(home)
     yield process
-    assert process.stop() == 0
+    assert process.stop() == 0, (home.root / "daemon.log").read_text()[-3000:]
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def test_an_unknown_machine_is_wrong_usage(opd: Opd, config_file: Path) -> None:
 def test_faults_are_placed_in_the_file(opd: Opd, config_file: Path) -> None:
     outcome = opd("plan", config_file, "--set", "base_model_path=/nowhere", *MAC)
     assert outcome.code == exits.USAGE
-    assert outcome.err.startswith("opd: --set base_model_path=/nowhere: /nowhere: no such folder")
+    assert outcome.err.startswith("opd: --set base_model_path=/nowhere: /nowhere: outside the folders clients may name")
 
 
 def test_no_daemon_is_needed(opd_alone: Opd, config_file: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,6 +13,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from opd_daemon.errors import OpdError, Reason
+from opd_daemon.home import Home
 from opd_daemon.rpc.access import Gate
 from opd_daemon.rpc.interceptor import Border
 from opd_daemon.v1 import run_pb2 as pb
@@ -50,7 +52,7 @@ def handler(style: str, act: Act) -> Any:
 @asynccontextmanager
 async def serving(**methods: Any) -> AsyncIterator[str]:
     """The address of a server behind the border with these handlers."""
-    server = grpc.aio.server(interceptors=[Border(Gate(TOKEN, lambda _: None))])
+    server = grpc.aio.server(interceptors=[Border(Gate(TOKEN, lambda _: None), Home(Path("home")))])
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -11,9 +11,12 @@ import grpc
 import pytest
 
 from opd_daemon.events import EventLog
+from opd_daemon.home import Home
+from opd_daemon.paths import AllowedRoots
 from opd_daemon.rpc.access import Gate
 from opd_daemon.rpc.interceptor import Border
 from opd_daemon.rpc.run_service import RunServicer
+from opd_daemon.runs.uploads import Uploads
 from opd_daemon.store import Store
 from opd_daemon.v1 import run_pb2, run_pb2_grpc
 from tests.asynchronous import asynchronous, until
@@ -35,8 +38,8 @@ async def served(folder: Path, max_watchers: int) -> AsyncIterator[tuple[EventLo
     add_run(store)
     log, runs = EventLog(store, max_watchers=max_watchers), Runs()
     gate = Gate(CLIENT, lambda token: "r1" if token == "worker" else None)
-    server = grpc.aio.server(interceptors=[Border(gate)])
-    servicer: Any = RunServicer(runs, log, runs)  # type: ignore[arg-type]
+    server = grpc.aio.server(interceptors=[Border(gate, Home(folder))])
+    servicer: Any = RunServicer(runs, log, runs, uploads=Uploads(folder), roots=AllowedRoots.of([folder]))  # type: ignore[arg-type]
     run_pb2_grpc.add_RunServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
