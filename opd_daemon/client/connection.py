@@ -186,6 +186,11 @@ class Connection:
             self._open()
         return True
 
+    def outdated(self, error: OpdError) -> bool:
+        """Whether a daemon that was restarted refuses the token of its predecessor; the new one is known then."""
+        before = self.endpoint
+        return error.reason is Reason.WRONG_TOKEN and self.renew() and self.endpoint != before
+
     def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
         self._bare.close()
@@ -202,6 +207,8 @@ class Connection:
                 return getattr(stub(self.channel), method)(request, timeout=timeout)
             except grpc.RpcError as fault:
                 error = self.error(fault)
+                if self.outdated(error):  # it was refused, so it may be made again whatever it is
+                    return self.unary(stub, method, request, timeout=timeout, retry=retry)
                 if delay is None or not is_unavailable(fault):
                     raise error from None
             time.sleep(delay)

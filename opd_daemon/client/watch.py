@@ -46,7 +46,7 @@ class Watch:
                     yield from item
                 lost = not_running(self._connection.home)  # a watch has no end of its own
             except OpdError as error:
-                if error.code is not Code.UNAVAILABLE:
+                if error.code is not Code.UNAVAILABLE and not self._connection.outdated(error):
                     raise
                 lost = error
             if not lost_at:

@@ -22,7 +22,6 @@ EXPECTED = frozenset(
         Reason.SHUTTING_DOWN,
         Reason.RUN_STATE_CONFLICT,
         Reason.RUN_NOT_FOUND,
-        Reason.WRONG_TOKEN,
         Reason.DEADLINE_EXCEEDED,
         Reason.CANCELLED,
     }

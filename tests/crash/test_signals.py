@@ -122,6 +122,21 @@ def test_sigterm_twice_leaves_now_and_loses_nothing(daemon: Daemon, tmp_path: Pa
         assert client.run(run_id)[0].state is RunState.INTERRUPTED
 
 
+def test_a_client_goes_on_with_the_daemons_successor(daemon: Daemon, tmp_path: Path) -> None:
+    daemon.start()
+    with daemon.client() as client:
+        run_id = client.create_run(run_values(tmp_path))[0].run_id
+        daemon.kill()
+        daemon.start()
+        # The channel has found the same socket again by itself, with the token of the one before.
+        grpc.channel_ready_future(client.channel).result(20)
+        assert client.run(run_id)[0].run_id == run_id
+        daemon.kill()
+        daemon.start()
+        grpc.channel_ready_future(client.channel).result(20)
+        assert isinstance(next(iter(client.watch(0))), Event)
+
+
 def test_a_terminal_that_closes_ends_no_training(daemon: Daemon, tmp_path: Path) -> None:
     daemon.start()
     with daemon.client() as client:
