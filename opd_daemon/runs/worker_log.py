@@ -28,9 +28,14 @@ class WorkerLog:
         """The descriptor for the worker's output."""
         return self._file.fileno()
 
+    @property
+    def is_long(self) -> bool:
+        """Whether the file is over its limit."""
+        return os.fstat(self.fileno()).st_size > LIMIT_BYTES
+
     def trim(self) -> None:
         """Keep the last part only when the file is over its limit."""
-        if os.fstat(self.fileno()).st_size > LIMIT_BYTES:
+        if self.is_long:
             tail = self._tail(KEPT_BYTES)
             self._file.truncate(0)
             self._file.write(CUT + tail)

@@ -66,7 +66,7 @@ class WorkerProcess:
         """Wait for the end, keeping the log small meanwhile; the exit code, negative for a signal."""
         while not self._ended.done():
             await asyncio.wait({self._ended}, timeout=TRIM_SECONDS)
-            self.log.trim()
+            await self._keep_log_small()
         # What the worker itself started must not outlive it.
         signal_group(self.pid, signal.SIGKILL)
         if self._process.stdin:
@@ -74,6 +74,16 @@ class WorkerProcess:
             with contextlib.suppress(ConnectionError):
                 await self._process.stdin.wait_closed()
         return self._ended.result()
+
+    async def _keep_log_small(self) -> None:
+        if not self.log.is_long:
+            return
+        # Who prints without a pause keeps the file locked for itself, so it is held meanwhile.
+        signal_group(self.pid, signal.SIGSTOP)
+        try:
+            await asyncio.to_thread(self.log.trim)
+        finally:
+            signal_group(self.pid, signal.SIGCONT)
 
     async def terminate(self) -> None:
         """SIGTERM, and SIGKILL some seconds later, to the worker and all it started; nothing if it has ended."""

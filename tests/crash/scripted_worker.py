@@ -98,9 +98,10 @@ def train(teller: Teller, stopping: Callable[[], bool]) -> None:
         for _ in range(BURST):
             teller.count()
         teller.settle()
-        if step % CHECKPOINT_EVERY == 0 or stopping():
+        last = stopping() or teller.asked_to_stop()
+        if step % CHECKPOINT_EVERY == 0 or last:
             report(teller, step, checkpoints.save_step(RunProgress(step=step), save))
-        if stopping() or teller.asked_to_stop():
+        if last:
             teller.outcome(event_pb2.RUN_STATE_STOPPED)
             return
     report(teller, run.total_steps, checkpoints.save_named("best", save), is_best=True)
@@ -143,7 +144,8 @@ def flood(teller: Teller, events: int) -> None:
 def shout() -> None:
     """Print without end."""
     while True:
-        os.write(1, b"x" * 65_536)
+        os.write(1, b"x" * 1_000_000)
+        time.sleep(0.001)
 
 
 def leave_with_the_daemon(stopped: threading.Event) -> None:

@@ -125,6 +125,9 @@ def test_a_worker_that_prints_without_end_fills_no_disk(daemon: Daemon, tmp_path
         end, sizes = time.monotonic() + PRINTED_SECONDS, []
         while time.monotonic() < end:
             sizes.append(path.stat().st_size)
+            asked = time.monotonic()
+            client.run(run_id)
+            assert time.monotonic() - asked < 1.5
             time.sleep(0.02)
         # What a pipe to a disk takes between two looks at the file comes on top.
         assert max(sizes) < 64 * LIMIT_BYTES
