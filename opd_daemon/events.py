@@ -94,8 +94,7 @@ class EventLog:
         self._gauges = GaugeBoard()
         self._turns = Turns()
         self._reading = asyncio.Lock()
-        self._pages: dict[tuple[int, str | None], EventBatch] = {}
-        self._version = 0
+        self._pages: dict[tuple[int, str | None, int, int], EventBatch] = {}
         self._closed = ""
 
     async def revision(self) -> int:
@@ -133,7 +132,6 @@ class EventLog:
         before = min(before_revision, self._revision + 1)
         for edge in (*range(self._oldest + FORGOTTEN_AT_ONCE, before, FORGOTTEN_AT_ONCE), before):
             self._oldest = await self.read(partial(Store.compact, before_revision=edge))
-            self._log_changed()
         while await self.read(Store.shrink):
             pass
 
@@ -156,7 +154,6 @@ class EventLog:
         if not events:
             return
         self._revision = events[-1].revision
-        self._log_changed()
         self._turns.announce()
         for listener in self._listeners:
             try:
@@ -252,14 +249,10 @@ class EventLog:
 
         One page is read at a time: whoever wants to write waits behind one read, not behind those of a crowd.
         """
-        place = (cursor, run_id)
+        place = (cursor, run_id, self._oldest, self._revision)
         async with self._reading:
             if place not in self._pages:
-                version = self._version
-                page = await self._read_page(cursor, run_id)
-                if version != self._version:
-                    return page
-                self._pages[place] = page
+                self._pages[place] = await self._read_page(cursor, run_id)
                 if len(self._pages) > SHARED_PAGES:
                     del self._pages[next(iter(self._pages))]
             return self._pages[place]
@@ -272,11 +265,6 @@ class EventLog:
         if cursor < oldest - 1:
             raise self._compacted(cursor)
         return EventBatch(tuple(events), after)
-
-    def _log_changed(self) -> None:
-        """The log has grown or was shortened: what was read of it is no longer all there is."""
-        self._version += 1
-        self._pages.clear()
 
     def _compacted(self, cursor: int) -> OpdError:
         message = (

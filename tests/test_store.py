@@ -205,6 +205,15 @@ def test_compacting_never_cuts_what_was_stored_together(store: Store) -> None:
     assert store.compact(2) == 1
 
 
+def test_the_file_shrinks_by_many_pages_at_a_time(store: Store) -> None:
+    for _ in range(100):
+        store.apply(None, [log_event("x" * 8000)])
+    store.compact(1000)
+    assert store._value("PRAGMA freelist_count") > 150
+    assert not store.shrink()
+    assert store._value("PRAGMA freelist_count") == 0
+
+
 def test_revisions_go_on_after_everything_was_compacted(store: Store, tmp_path: Path) -> None:
     store.apply(None, [log_event()] * 3)
     assert store.compact(100) == 4
