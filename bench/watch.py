@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +26,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+# The synthetic worker computes on one thread; read when numpy is imported.
+os.environ.update(OPENBLAS_NUM_THREADS="1", VECLIB_MAXIMUM_THREADS="1")
 
 import grpc
 import numpy as np
@@ -46,7 +49,7 @@ CLIENT, WORKER, RUN = "client", "worker", "bench"
 RATE = 20.0
 PRODUCERS = 8
 STREAMS_PER_CHANNEL = 100
-STEPS_PER_ROUND = 20
+STEPS_PER_ROUND, PRODUCTS_PER_STEP = 6, 300
 METRICS = {"step": 1, "total_steps": 100, "loss": 0.5, "kl": 0.25, "tokens": 4096, "tokens_per_second": 512.0}
 
 
@@ -188,7 +191,7 @@ def step_seconds(producer: Producer, steps: int) -> list[float]:
         begin = time.perf_counter()
         sending = threading.Thread(target=producer.report)
         sending.start()
-        for _ in range(40):
+        for _ in range(PRODUCTS_PER_STEP):
             left = left @ left * np.float32(1 / 512)
         sending.join()
         times.append(time.perf_counter() - begin)
@@ -197,7 +200,7 @@ def step_seconds(producer: Producer, steps: int) -> list[float]:
 
 def measured(folder: Path, daemon: psutil.Process, watchers: Part | None, seconds: float) -> list[str]:
     """One row: steady latency, then everything at once."""
-    producer = Producer(folder)
+    producer, idle = Producer(folder), daemon.memory_info().rss
     producer.steadily(1.0)
     latencies = sorted(producer.steadily(seconds))
     before, begin = (watchers.ask() if watchers else 0), time.perf_counter()
@@ -209,6 +212,7 @@ def measured(folder: Path, daemon: psutil.Process, watchers: Part | None, second
         f"{1000 * latencies[int(0.99 * len(latencies))]:.1f}",
         f"{events / took:,.0f}",
         f"{delivered / took:,.0f}",
+        f"{idle / 2**20:.0f}",
         f"{daemon.memory_info().rss / 2**20:.0f}",
     ]
 
@@ -244,14 +248,17 @@ def compare(watchers: int, seconds: float, rounds: int) -> None:
         rows = [["none", *measured(folder, daemon, None, seconds)]]
         with part("--watch", name, "--watchers", watchers) as crowd:
             rows.append([f"{watchers} and one stalled", *measured(folder, daemon, crowd, seconds)])
-        show(["watchers", "p50 ms", "p99 ms", "events/s in", "events/s out", "daemon MB"], rows)
-        ratios = []
+        show(["watchers", "p50 ms", "p99 ms", "events/s in", "events/s out", "MB before", "MB after"], rows)
+        ratios, seconds_alone = [], []
         for _ in range(rounds):
             producer = Producer(folder)
             alone = statistics.median(step_seconds(producer, STEPS_PER_ROUND))
+            seconds_alone.append(alone)
             with part("--watch", name, "--watchers", watchers):
                 ratios.append(statistics.median(step_seconds(producer, STEPS_PER_ROUND)) / alone)
-        print(f"training step with {watchers} watchers / without: {statistics.median(ratios):.3f} {json.dumps(ratios)}")
+        step, ratio = statistics.median(seconds_alone), statistics.median(ratios)
+        shown = ", ".join(f"{value:.3f}" for value in sorted(ratios))
+        print(f"a training step of {step:.2f} s, with {watchers} watchers / without: {ratio:.3f} ({shown})")
 
 
 if __name__ == "__main__":

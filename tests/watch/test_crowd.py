@@ -10,10 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from opd_daemon import turns
 from opd_daemon.errors import Code, OpdError, Reason
 from opd_daemon.events import Bookmark, EventBatch, EventLog, WatchStarted
 from opd_daemon.store import Store
-from opd_daemon.turns import AT_ONCE, Turns
+from opd_daemon.turns import Turns
 from opd_daemon.types import Gauges
 from tests.asynchronous import asynchronous
 from tests.test_events import NOW, add_run, append_many, event, event_log
@@ -51,7 +52,8 @@ async def test_a_crowd_reads_the_log_once_and_not_once_each(tmp_path: Path, monk
 
 
 @asynchronous
-async def test_whoever_writes_is_not_behind_the_whole_crowd(tmp_path: Path) -> None:
+async def test_whoever_writes_is_not_behind_the_whole_crowd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "PAUSE_SECONDS", 30.0)
     async with event_log(tmp_path) as log:
         ready = asyncio.Semaphore(0)
         told: list[int] = []
@@ -68,9 +70,11 @@ async def test_whoever_writes_is_not_behind_the_whole_crowd(tmp_path: Path) -> N
         for _ in crowd:
             await ready.acquire()
         await log.append(None, [event("first")])
+        while not told:  # noqa: ASYNC110 - whatever the machine takes for it
+            await asyncio.sleep(0.01)
         await log.append(None, [event("second")])
         # The second is safe while most of the crowd have not even heard of the first.
-        assert len(told) < CROWD / 2
+        assert len(told) <= CROWD / 10
         for task in crowd:
             task.cancel()
         await asyncio.gather(*crowd, return_exceptions=True)
@@ -104,30 +108,30 @@ async def test_a_storm_of_resumptions_gets_everything_while_others_write(tmp_pat
 
 @asynchronous
 async def test_turns_are_given_in_order_and_a_few_at_a_time() -> None:
-    turns, served = Turns(), []
+    queue, served = Turns(), []
 
     async def one(number: int) -> None:
-        await turns.take()
+        await queue.take()
         served.append(number)
 
-    waiting = [asyncio.create_task(one(number)) for number in range(3 * AT_ONCE)]
+    waiting = [asyncio.create_task(one(number)) for number in range(CROWD)]
     while not served:  # noqa: ASYNC110 - a turn of the loop at a time is the point
         await asyncio.sleep(0)
-    assert len(served) == AT_ONCE
+    assert len(served) <= CROWD / 10
     await asyncio.gather(*waiting)
-    assert served == list(range(3 * AT_ONCE))
+    assert served == list(range(CROWD))
 
 
 @asynchronous
 async def test_whoever_gave_up_waiting_takes_no_turn_from_others() -> None:
-    turns = Turns()
-    gone = [asyncio.create_task(turns.wait(1000)) for _ in range(3 * AT_ONCE)]
-    here = asyncio.create_task(turns.wait(1000))
+    queue = Turns()
+    gone = [asyncio.create_task(queue.wait(1000)) for _ in range(CROWD)]
+    here = asyncio.create_task(queue.wait(1000))
     await asyncio.sleep(0)
     for task in gone:
         task.cancel()
     await asyncio.gather(*gone, return_exceptions=True)
-    turns.announce()
+    queue.announce()
     await asyncio.wait_for(here, 5)
 
 
