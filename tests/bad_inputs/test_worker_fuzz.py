@@ -12,6 +12,7 @@ import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from opd_daemon.home import Home
 from opd_daemon.rpc.access import Gate
 from opd_daemon.rpc.interceptor import Border
 from opd_daemon.rpc.worker_service import WorkerServicer
@@ -41,7 +42,7 @@ class Worker:
         """A server behind the border, for which this worker's token is good."""
         relay = SimpleNamespace(say=self._say, assignment=None)
         comparisons = SimpleNamespace(relay=lambda _: relay)
-        server = grpc.aio.server(interceptors=[Border(Gate("client", lambda _: self._run_id))])
+        server = grpc.aio.server(interceptors=[Border(Gate("client", lambda _: self._run_id), Home(Path("home")))])
         servicer = WorkerServicer(self._daemon.runs, self._daemon.events, cast(Comparisons, comparisons))
         add_WorkerServiceServicer_to_server(servicer, server)
         return server

@@ -66,7 +66,7 @@ def serve(home: Path, environment: Mapping[str, str], settings: Settings, *, tea
     assembly.Workers = partial(Workers, command=(sys.executable, "-S", str(WORKER)))  # type: ignore[misc, assignment]
     workers.TERM_SECONDS = 0.5
     attempt.DISK_RETRY_SECONDS = 0.1
-    assembly.check_run = lambda *_: []  # type: ignore[assignment]
+    assembly.check_run = lambda *_, **__: []  # type: ignore[assignment]
     assembly.Planner = StubPlanner  # type: ignore[misc, assignment]
     if not teacher:
         stub = Teaching(lambda: "/m/teacher", already_loaded)
