@@ -26,7 +26,7 @@ NASTY = "x\n2026-01-01 00:00:00,000 INFO opd all is well\r\x1b[2J\x00\x7f\x85\u2
 @contextmanager
 def logging_into(handler: logging.Handler) -> Iterator[logging.Logger]:
     # One that no tree of loggers knows: a lone surrogate can't be sent on to whoever collects the tests' own logs.
-    logger = logging.Logger("tests.security.logs", logging.DEBUG)
+    logger = logging.Logger("tests.security.logs", logging.DEBUG)  # noqa: LOG001
     logger.addHandler(handler)
     yield logger
 
