@@ -24,6 +24,7 @@ from opd_daemon.rpc.listening import Listener
 from opd_daemon.rpc.run_service import RunServicer
 from opd_daemon.rpc.teacher_service import TeacherServicer
 from opd_daemon.rpc.worker_service import WorkerServicer
+from opd_daemon.types import Event, EventKind, TeacherState
 from opd_daemon.v1 import (
     catalog_pb2,
     catalog_pb2_grpc,
@@ -55,11 +56,16 @@ OPTIONS = [
 ]
 
 
+TEACHER = teacher_pb2.DESCRIPTOR.services_by_name["TeacherService"].full_name
+
+
 class Front:
     """The gRPC server. One that dies is replaced by another at the same places, with the same tokens and services.
 
     grpcio decodes the path of a call in the loop that accepts all calls: bytes that are not UTF-8, from anyone who can
     connect, end that loop and the server with it. socket, port, listening: where it is bound, once it is open.
+
+    Health is that of the daemon, and under the teacher service's name that of the teacher: serving while it is READY.
     """
 
     server: grpc.aio.Server
@@ -81,6 +87,8 @@ class Front:
         self._roots = roots
         self._interceptors = interceptors
         self._listener = listener
+        self._telling: set[asyncio.Task[None]] = set()
+        daemon.events.add_listener(self._heard)
 
     async def open(self) -> None:
         """Bind and start. Raises INVALID_REQUEST when that can't be done."""
@@ -89,6 +97,7 @@ class Front:
         self.serving = _add_services(self.server, self.daemon, self._roots)
         # It would say SERVING by itself, before earlier runs are taken up.
         await self.serving.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._tell_of_teacher()
         self.port = _bind(self.server, self.socket, self.port)
         if self._listener:
             self.listening = self._listener.bind(self.server)
@@ -107,6 +116,17 @@ class Front:
             log.error("the gRPC server died of a call it could not read; another takes its place")
             await self.open()
             await self.serving.set("", health_pb2.HealthCheckResponse.SERVING)
+
+    def _heard(self, events: Sequence[Event]) -> None:
+        if any(event.kind is EventKind.TEACHER for event in events):
+            task = asyncio.create_task(self._tell_of_teacher())
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+
+    async def _tell_of_teacher(self) -> None:
+        ready = self.daemon.teacher.service.state is TeacherState.READY
+        status = health_pb2.HealthCheckResponse
+        await self.serving.set(TEACHER, status.SERVING if ready else status.NOT_SERVING)
 
 
 def _add_services(server: grpc.aio.Server, daemon: Daemon, roots: AllowedRoots) -> health.aio.HealthServicer:
