@@ -13,15 +13,22 @@ GENERATED := opd_daemon/v1
 # protobuf < 7, which the project itself does not, hence an environment of its own.
 GENERATOR := grpcio-tools==1.74.0 mypy-protobuf==5.1.0
 
-.PHONY: demo test check bench bench-env bench-trl bench-peft proto baseline clean openblas
+.PHONY: demo test soak check audit bench bench-env bench-trl bench-peft proto baseline clean openblas
 
 demo: $(VENV)/.installed openblas
 	$(BIN)/opd demo
 
+# Two at a time, each with its share of the cores: most tests wait for processes, not for arithmetic.
 test: $(VENV)/.installed-dev openblas
-	$(BIN)/python -m pytest
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov
 
-check: $(VENV)/.installed-dev $(PROTO_VENV)/.installed
+# The long forms of tests, with the figures that docs/guarantees.md quotes; about an hour.
+soak: $(VENV)/.installed-dev openblas
+	OPD_SOAK=1 $(BIN)/python -m pytest --capture=no --timeout 5400 tests/watch/test_model.py tests/crash tests/bad_inputs
+	$(BIN)/python bench/watch.py
+	$(BIN)/python bench/overload.py
+
+check: $(VENV)/.installed-dev $(PROTO_VENV)/.installed audit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -30,6 +37,9 @@ check: $(VENV)/.installed-dev $(PROTO_VENV)/.installed
 	$(BIN)/buf breaking proto --against proto/baseline.binpb
 	$(call generate_stubs,build/stubs)
 	diff --recursive --exclude=__pycache__ build/stubs/$(GENERATED) $(GENERATED)
+
+audit: $(VENV)/.installed-dev
+	$(BIN)/python .ci/audit
 
 # One after the other, each a ratio in one run; `make bench-trl` and `make bench-peft` need the bench environment.
 bench: $(VENV)/.installed-dev openblas
@@ -42,6 +52,9 @@ bench: $(VENV)/.installed-dev openblas
 	$(BIN)/python bench/warm_cache.py
 	$(BIN)/python bench/on_policy_step.py
 	$(BIN)/python bench/plan.py
+	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/watch.py
+	$(BIN)/python bench/overload.py
 
 bench-trl: $(VENV)/.installed-dev openblas bench-env
 	$(BIN)/python bench/whole_run.py
