@@ -132,9 +132,9 @@ def adapter_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 def adapter_faults(folder: Path, base: dict[str, TensorHeader], bits: int) -> list[str]:
     """What keeps the adapter in `folder` from fitting a base model with these tensors; judged from headers alone."""
-    file = weights_file(folder)
     try:
         config = read_adapter_config(folder)
+        file = weights_file(folder)
         shapes = adapter_shapes(file)
     except OpdError as fault:
         return [fault.message]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import traceback
@@ -179,6 +180,11 @@ class Engine:
                     work()
                 except Exception as error:  # noqa: BLE001 - a thread that ends here would leave every caller waiting
                     self._fail_all(_as_opd_error(error, "the teacher's work"))
+        except BaseException:
+            # Without this thread there is no teacher, and nothing can be trusted about why: a service manager starts
+            # the daemon again, runs go on from their checkpoints.
+            logger.critical("the teacher's thread died; the daemon leaves", exc_info=True)
+            os._exit(os.EX_SOFTWARE)
         finally:
             self._fail_all(_shutting_down())
             for future, _ in self._jobs:

@@ -15,6 +15,8 @@ from opd_daemon.v1 import catalog_pb2, run_pb2, teacher_pb2, worker_pb2
 
 FILES = (teacher_pb2, run_pb2, catalog_pb2, worker_pb2)
 DEEPEST = 6
+# What is larger than the limit never gets to the daemon's own code.
+LARGEST = 1 << 20
 
 INTEGERS = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
@@ -158,7 +160,7 @@ class Mutator:
 
     def _broken(self, data: bytes) -> bytes:
         for _ in range(self._random.choice((1, 1, 2, 4, 16))):
-            data = self._random.choice((_flip, _cut, _insert, _repeat, _overwrite))(data, self._random)
+            data = self._random.choice((_flip, _cut, _insert, _repeat, _overwrite))(data, self._random)[:LARGEST]
         return data
 
 

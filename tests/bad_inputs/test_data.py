@@ -18,6 +18,8 @@ FAULTS: dict[str, Fault] = {
     "no model": Fault(24, lambda s: s.check(base_model_path=f"{s.folder}/no_model"), CONFIG, "config.base_model_path", "no config.json"),
     "unknown ~user": Fault(24, lambda s: s.check(base_model_path="~no_such_user/x"), CONFIG, "config.base_model_path", "no such folder"),
     "long name": Fault(23, lambda s: s.check(base_model_path=f"{s.folder}/" + 300 * "n"), CONFIG, "config.base_model_path", "no such folder"),
+    "long name of rows": Fault(23, lambda s: s.check(prompts_path=f"{s.folder}/" + 300 * "n"), CONFIG, "config.prompts_path", "can't be read"),
+    "long name of an adapter": Fault(23, lambda s: s.check(student_adapter_path=f"{s.folder}/" + 300 * "n"), CONFIG, "config.student_adapter_path", "adapter_config.json"),
     "control character": Fault(23, lambda s: s.check(prompts_path="/a\0b"), CONFIG, "config.prompts_path", "control character"),
     "broken config": Fault(24, lambda s: s.check_model("m1", "config.json", "{"), CONFIG, "config.base_model_path", "not valid JSON"),
     "deep config": Fault(24, lambda s: s.check_model("m2", "config.json", 99_999 * "["), CONFIG, "config.base_model_path", "not valid JSON"),

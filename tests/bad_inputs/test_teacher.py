@@ -64,15 +64,6 @@ def test_a_client_that_stops_reading_costs_no_memory(own: Stage) -> None:
     assert seconds_of_a_short_call(own) < 10
 
 
-def test_a_client_that_reads_slowly_gets_everything(own: Stage) -> None:
-    request = scoring(45, top_k=VOCABULARY)  # more than may wait for a reader
-    rows = 0
-    for response in own.teacher.ComputeLogprobs(request):
-        rows += response.block.rows
-        time.sleep(0.002)
-    assert rows == 45 * (CONTEXT - 1)
-
-
 def test_a_full_queue_refuses_with_a_time(own: Stage) -> None:
     with closing_call(own.teacher.ComputeLogprobs(scoring(QUEUE_TOKENS // CONTEXT))) as first:
         next(iter(first))

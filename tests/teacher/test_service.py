@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -230,3 +233,18 @@ def test_a_call_never_reaches_a_teacher_it_was_not_meant_for(
 
     home.run(work, tiny_teacher)
     assert not home.entries()
+
+
+def test_a_daemon_whose_teacher_thread_dies_leaves_to_be_started_again() -> None:
+    script = """
+from opd_daemon.teacher.engine import Engine
+engine = Engine(token_budget=1, piece=1, max_queue_tokens=1, buffer_bytes=0)
+def die():
+    raise SystemExit
+engine._next_work = lambda: die
+engine.start()
+engine._thread.join()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == os.EX_SOFTWARE, ended.stderr
+    assert "the teacher's thread died" in ended.stderr
