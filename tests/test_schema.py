@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_daemon import schema
+from opd_daemon import schema, store
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.store import Store
 from opd_daemon.store_check import check_store
@@ -22,7 +22,7 @@ def version_1(path: Path) -> str:
     with closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.executescript(f"{schema.MIGRATIONS[0].script} PRAGMA user_version = 1; PRAGMA journal_mode = WAL;")
         made = Store.__new__(Store)  # today's writing, without today's migrations
-        made.path, made._database = path, database
+        made.path, made._database, made._file = path, database, store._identity(path)
         add_run(made, make_run(request_id="once"))
         made.apply(make_run(request_id="once"), [metrics_event(step) for step in (1, 2, 3)])
         return str(made._value("SELECT value FROM facts WHERE name = 'store_id'"))
