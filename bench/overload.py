@@ -65,7 +65,7 @@ def main() -> None:
         flood(Client.find(Home(arguments.home)), arguments.flood, arguments.rate)
         return
     with tempfile.TemporaryDirectory() as name:
-        model = write_tiny_qwen2(Path(name) / "teacher", seed=1, hidden=512, layers=6, heads=8, context=1024)
+        model = write_tiny_qwen2(Path(name) / "teacher", seed=1, hidden=256, layers=6, heads=8, context=1024)
         with LocalDaemon(Home(Path(name) / "home")) as daemon, daemon.client() as client:
             for _ in client.load_teacher(str(model)):
                 pass

@@ -63,17 +63,21 @@ class GenerationItem:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Tokens of one forward pass: `alone`, and `contended` while several clients want the teacher."""
+    """Tokens of one forward pass: `alone`, or `contended` while several clients want the teacher.
+
+    small: a client with no more than this waiting then gets all of it done in one pass.
+    """
 
     alone: int
     contended: int
+    small: int
 
 
 def next_batch(queue: FairQueue[ScoreItem], budget: Budget, *, shares: bool) -> list[ScoreItem]:
     """The item that is due and others that go well with it, within the budget of tokens in one forward pass.
 
-    While several clients want the teacher, passes are short, and who has more waiting than one of them takes doesn't
-    ride along in those of others: so a flood costs another client one short pass of waiting. Passes of items that are
+    While several clients want the teacher, one with little waiting gets it done in one pass; the passes of others are
+    short, and they don't ride along in its. So a flood costs it one short pass of waiting. Passes of items that are
     computed apart stay as they are, for what is in one decides the last bits of its results.
 
     shares: whether the model can compute what they all begin with once; then those that save most of the work that way
@@ -83,7 +87,8 @@ def next_batch(queue: FairQueue[ScoreItem], budget: Budget, *, shares: bool) -> 
     items = [item for item in items if item.together is items[0].together]
     tokens = budget.alone
     if items and items[0].together is None and queue.contended:
-        tokens, own = budget.contended, items[0].client
+        own = items[0].client
+        tokens = budget.small if queue.tokens_of(own) <= budget.small else budget.contended
         items = [item for item in items if item.client == own or queue.tokens_of(item.client) <= tokens]
     return (_sharing(items, tokens) if shares else []) or _alike(items, tokens)
 

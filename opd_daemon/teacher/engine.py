@@ -36,7 +36,8 @@ class Engine:
     """Public methods may be called from any thread; everything private runs on the engine's own."""
 
     def __init__(self, *, token_budget: int, piece: int, max_queue_tokens: int, buffer_bytes: int) -> None:
-        self._budget = Budget(token_budget, min(token_budget, piece))
+        small = min(token_budget, piece)
+        self._budget = Budget(token_budget, contended=max(1, small // 2), small=small)
         self._piece = piece
         self._max_queue_tokens = max_queue_tokens
         self._buffer_bytes = buffer_bytes

@@ -15,7 +15,7 @@ from opd_daemon.teacher.fair_queue import FairQueue
 from opd_daemon.teacher.pace import LONGEST_SECONDS, SHORTEST_SECONDS, Pace
 from opd_daemon.types import GenerateRequest, ScoreRequest
 
-BUDGET = Budget(alone=800, contended=200)
+BUDGET = Budget(alone=800, contended=200, small=400)
 
 
 def nowhere(*_: Any) -> None:
@@ -65,6 +65,11 @@ def test_a_client_that_has_not_come_for_a_while_is_not_waited_for(monkeypatch: p
 def test_a_flood_does_not_ride_along_with_a_small_call() -> None:
     queue = queue_of(score_item("small"), *(score_item("flood") for _ in range(50)))
     assert clients_of(next_batch(queue, BUDGET, shares=False)) == ["small"]
+
+
+def test_a_small_call_is_done_in_one_pass() -> None:
+    queue = queue_of(*(score_item("small") for _ in range(4)), *(score_item("flood") for _ in range(50)))
+    assert clients_of(next_batch(queue, BUDGET, shares=False)) == ["small"] * 4
 
 
 def test_small_clients_ride_along_with_each_other_and_with_a_flood() -> None:

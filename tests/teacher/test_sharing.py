@@ -169,33 +169,33 @@ def test_samples_of_one_prompt_come_together_whatever_their_lengths() -> None:
     first, second = random_ids(100, 1), random_ids(100, 2)
     requests = [sample(prompt, size, size) for size in (10, 60, 200) for prompt in (first, second)]
     queue, items = queue_of(requests)
-    assert next_batch(queue, Budget(2048, 2048), shares=True) == items[::2]
+    assert next_batch(queue, Budget(2048, 2048, 2048), shares=True) == items[::2]
     queue.take(items[::2])
-    assert next_batch(queue, Budget(2048, 2048), shares=True) == items[1::2]
+    assert next_batch(queue, Budget(2048, 2048, 2048), shares=True) == items[1::2]
 
 
 def test_a_shared_prompt_does_not_count_towards_the_budget() -> None:
     prompt = random_ids(500, 1)
     queue, items = queue_of([sample(prompt, 20, seed) for seed in range(8)])
-    assert next_batch(queue, Budget(100, 100), shares=True) == items[:5]
-    assert next_batch(queue, Budget(100, 100), shares=False) == items[:1]
+    assert next_batch(queue, Budget(100, 100, 100), shares=True) == items[:5]
+    assert next_batch(queue, Budget(100, 100, 100), shares=False) == items[:1]
 
 
 def test_the_due_item_goes_first_even_if_others_share_more() -> None:
     prompt = random_ids(100, 1)
     requests = [sample(random_ids(60, 9), 20, 1), *(sample(prompt, 20, seed) for seed in range(4))]
     queue, items = queue_of(requests, ["early", *["late"] * 4])
-    batch = next_batch(queue, Budget(90, 90), shares=True)
+    batch = next_batch(queue, Budget(90, 90, 90), shares=True)
     assert batch == items[:1]
     queue.take(batch)
-    assert next_batch(queue, Budget(90, 90), shares=True) == items[1:]
+    assert next_batch(queue, Budget(90, 90, 90), shares=True) == items[1:]
 
 
 def test_prompts_that_only_begin_alike_share_their_beginning() -> None:
     system = random_ids(80, 1)
     requests = [sample(np.concatenate([system, random_ids(8, 20 + seed)]), 10, seed) for seed in range(4)]
     queue, items = queue_of(requests)
-    assert next_batch(queue, Budget(400, 400), shares=True) == items
+    assert next_batch(queue, Budget(400, 400, 400), shares=True) == items
     assert common_prefix(requests[0].token_ids, requests[1].token_ids) == 80
 
 
@@ -221,9 +221,9 @@ def test_items_of_different_companies_never_meet_in_a_batch() -> None:
     queue, items = queue_of(requests)
     run = object()
     items[1].together = items[4].together = run
-    assert next_batch(queue, Budget(2048, 2048), shares=False) == [items[0], *items[2:4]]
+    assert next_batch(queue, Budget(2048, 2048, 2048), shares=False) == [items[0], *items[2:4]]
     queue.take([items[0], *items[2:4]])
-    assert next_batch(queue, Budget(2048, 2048), shares=True) == [items[1], items[4]]
+    assert next_batch(queue, Budget(2048, 2048, 2048), shares=True) == [items[1], items[4]]
 
 
 def test_a_call_apart_gets_the_same_bits_whoever_else_asks(home: Home, tiny_teacher: Path) -> None:
