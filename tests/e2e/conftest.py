@@ -18,8 +18,8 @@ import pytest
 from opd_daemon.client import Client
 from opd_daemon.home import Home
 
-START_SECONDS = 180.0
-END_SECONDS = 120.0
+START_SECONDS = 60.0
+END_SECONDS = 60.0
 
 
 class DaemonProcess:
