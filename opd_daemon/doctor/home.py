@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import shutil
-import sqlite3
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from opd_daemon.errors import OpdError, Reason
 from opd_daemon.home import Home
 from opd_daemon.models.folder import FolderFault, read_folder
 from opd_daemon.readable import size
+from opd_daemon.store_check import check_store
 
 FULL_BYTES = 1 << 30
 NEARLY_FULL_BYTES = 10 << 30
@@ -107,21 +107,19 @@ def _is_held(lock: Any) -> bool:
 
 def store(home: Home) -> Finding:
     """Whether the store is whole; reads only."""
-    if not home.database.exists():
+    if not home.database.exists() or not home.database.stat().st_size:
         return fine("store", "none yet")
     try:
-        with contextlib.closing(sqlite3.connect(f"{home.database.as_uri()}?mode=ro", uri=True)) as database:
-            [(version,)] = database.execute("PRAGMA user_version")
-            faults = [row[0] for row in database.execute("PRAGMA quick_check")]
-            runs = database.execute("SELECT COUNT(*) FROM runs").fetchone()[0] if version else 0
-    except sqlite3.Error as fault:
-        return error("store", f"{home.database}: {fault}", "move it away; the daemon starts a new one")
-    if version > schema.VERSION:
-        return error("store", f"written by a newer opd (schema {version})", "upgrade opd")
-    if faults != ["ok"]:
-        text = f"{home.database} is damaged: {'; '.join(faults[:FAULTS_SHOWN])}"
-        return error("store", text, "move it away and put a backup in its place")
-    return fine("store", f"whole, {runs} runs, {size(home.database.stat().st_size)}")
+        report = check_store(home.database)
+    except OpdError as fault:
+        text, _, cure = str(fault).rpartition("; ")
+        return error("store", text, cure)
+    if report.schema > schema.VERSION:
+        return error("store", f"written by a newer opd (schema {report.schema})", "upgrade opd")
+    if report.faults:
+        text = f"{home.database} is damaged: {'; '.join(report.faults[:FAULTS_SHOWN])}"
+        return error("store", text, "'opd store check' tells more; put a backup in its place")
+    return fine("store", f"whole, {report.runs} runs, {size(report.bytes)}")
 
 
 def models(home: Home) -> Iterator[Finding]:
