@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-import shutil
 from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,7 +14,6 @@ from typing import Any, TypeVar
 
 from opd_daemon.config import parse_config
 from opd_daemon.distill.checkpoints import latest
-from opd_daemon.distill.files import write_file
 from opd_daemon.errors import OpdError, Reason, invalid, violations_error
 from opd_daemon.events import EventLog
 from opd_daemon.failpoints import hit
@@ -25,6 +22,7 @@ from opd_daemon.names import new_run_id
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs.acceptance import checked_config, request_digest
 from opd_daemon.runs.attempt import Preflight, RunServices, Teaching
+from opd_daemon.runs.files import names_on_disk, remove_files, tidy_up, write_waiting
 from opd_daemon.runs.ledger import Ledger
 from opd_daemon.runs.plans import PlanRequest, does_not_fit
 from opd_daemon.runs.reports import report_files, report_path
@@ -39,11 +37,6 @@ from opd_daemon.types import Checkpoint, Event, EventKind, Gauges, Run, RunState
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_SECONDS = 60.0
-# The configuration of a run that is about to be stored.
-ACCEPTING = ".accepting"
-# Folders of files that `write_file` may have left under a temporary name; checkpoints tidy up after themselves.
-TIDIED = ("configs", "metrics", "student_rollouts", "reports")
-UNFINISHED = re.compile(r"\..+\.(\d+|old)")
 
 T = TypeVar("T")
 
@@ -129,7 +122,7 @@ class RunManager:
         if machine and not validate_only:
             raise invalid("machine", f"{machine!r}: a run can be planned for another machine only with validate_only")
         taken = await self._events.read(lambda store: store.run_ids())
-        taken |= await asyncio.to_thread(self._ids_on_disk)
+        taken |= await asyncio.to_thread(names_on_disk, self._home)
         config = await checked_config(values, self._plugins, self._preflight, taken)
         resident = self._teaching.loaded() == config.teacher_model_path
         idle = not await self._events.read(lambda store: store.list_runs(LIVE, limit=1))
@@ -152,13 +145,11 @@ class RunManager:
 
     async def _accept(self, run: Run, digest: str) -> Run:
         taken = await self._events.read(lambda store: store.run_ids())
-        taken |= await asyncio.to_thread(self._ids_on_disk)
+        taken |= await asyncio.to_thread(names_on_disk, self._home)
         run_id = run.run_id or new_run_id(datetime.now().astimezone(), taken)
         run = replace(run, run_id=run_id, config={**run.config, "run_id": run_id})
         path = self._home.run(run_id).config
-        # The file gets its name when the run is stored, so that a crash in between leaves no name taken by nobody.
-        waiting = path.with_suffix(ACCEPTING)
-        await asyncio.to_thread(write_file, waiting, parse_config(run.config).to_yaml().encode())
+        waiting = await asyncio.to_thread(write_waiting, path, parse_config(run.config).to_yaml())
         hit("run.accept.config")
         try:
             await self._events.commit(lambda store: store.insert_run(run, [state_event(run)], digest))
@@ -169,12 +160,6 @@ class RunManager:
         waiting.replace(path)
         self._scheduler.wake()
         return run
-
-    def _ids_on_disk(self) -> set[str]:
-        """Names whose files are there although the store may not know them: they must not be overwritten."""
-        configs, checkpoints = self._home.root / "configs", self._home.root / "checkpoints"
-        names = {entry.stem for entry in configs.glob("*.yaml")}
-        return names | {entry.name for entry in checkpoints.glob("*")}
 
     async def get(self, run_id: str) -> Run:
         """The run. Raises RUN_NOT_FOUND."""
@@ -283,7 +268,7 @@ class RunManager:
     async def _remove_deleted(self, run_id: str) -> None:
         """Remove the files of a run the store has forgotten."""
         hit("run.delete.stored")
-        await asyncio.to_thread(_remove_files, self._home, run_id)
+        await asyncio.to_thread(remove_files, self._home, run_id)
         await self._events.commit(lambda store: store.forget_deleted(run_id))
 
     @asynccontextmanager
@@ -409,8 +394,7 @@ class RunManager:
         for run_id in await self._events.read(lambda store: store.deleted_runs()):
             await self._remove_deleted(run_id)
         known = await self._events.read(lambda store: store.run_ids())
-        await asyncio.to_thread(_name_accepted, self._home, known)
-        await asyncio.to_thread(_remove_unfinished, self._home)
+        await asyncio.to_thread(tidy_up, self._home, known)
 
     async def close(self, grace: float = STOP_GRACE_SECONDS) -> None:
         """Stop scheduling and let live runs write a checkpoint, for up to `grace` seconds; they end INTERRUPTED."""
@@ -430,30 +414,3 @@ async def _seen_through(work: Coroutine[Any, Any, T]) -> T:
     except asyncio.CancelledError:
         await asyncio.wait({task})
         raise
-
-
-def _name_accepted(home: Home, known: Collection[str]) -> None:
-    """Give the files of accepted runs their names; those of runs that were never stored go."""
-    for waiting in (home.root / "configs").glob(f"*{ACCEPTING}"):
-        if waiting.stem in known:
-            waiting.replace(waiting.with_suffix(".yaml"))
-        else:
-            waiting.unlink(missing_ok=True)
-
-
-def _remove_unfinished(home: Home) -> None:
-    for folder in TIDIED:
-        for entry in (home.root / folder).glob(".*"):
-            if UNFINISHED.fullmatch(entry.name):
-                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
-
-
-def _remove_files(home: Home, run_id: str) -> None:
-    folders = home.run(run_id)
-    for folder in (folders.checkpoints, folders.pictures):
-        shutil.rmtree(folder, ignore_errors=True)
-        hit("run.delete.files")
-    metrics = (folders.train_metrics, folders.eval_metrics, folders.token_tables, folders.samples)
-    # The configuration last: while it is there, nobody else gets the name.
-    for path in (folders.rollouts, *metrics, folders.report, folders.worker_log, folders.config):
-        path.unlink(missing_ok=True)
