@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from opd_daemon.rpc.assembly import Daemon
+    from opd_daemon.rpc.listening import Listener
     from opd_daemon.rpc.meter import CallTally
     from opd_daemon.rpc.server import Door
 
@@ -74,23 +75,18 @@ def serve(
         raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error", param_hint="--log-level")
     limit = text.parse_size(cache_limit, "--cache-limit")
     event_bytes = text.parse_size(keep_events, "--keep-events")
-    if (tls_cert is None) != (tls_key is None):
-        raise typer.BadParameter("a certificate and its key go together", param_hint="--tls-cert and --tls-key")
-    if (tls_cert or tls_client_ca) and not (listen and tls_cert):
-        raise typer.BadParameter("TLS is for --listen, with --tls-cert and --tls-key", param_hint="--tls-…")
+    listener = _listener(listen, tls_cert, tls_key, tls_client_ca)
 
     from opd_daemon.home import Home
     from opd_daemon.retention import Retention
-    from opd_daemon.rpc.listening import Listener, ServerTls
     from opd_daemon.rpc.server import ServeSettings
     from opd_daemon.rpc.server import serve as serve_until_stopped
     from opd_daemon.runs.stall import StallPolicy
 
-    tls = ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None
     settings = ServeSettings(
         home=Home(home.expanduser().absolute()) if home else Home.default(),
         port=port,
-        listener=Listener.parse(listen, tls) if listen else None,
+        listener=listener,
         token_file=token_file.expanduser() if token_file else None,
         allowed_roots=tuple(allow_root),
         until_stdin_closes=until_stdin_closes,
@@ -105,6 +101,20 @@ def serve(
         web=None if web_port is None else _web_door(web_port),
     )
     return serve_until_stopped(settings) or exits.OK
+
+
+def _listener(address: str | None, cert: Path | None, key: Path | None, client_ca: Path | None) -> Listener | None:
+    """The address of --listen, with what it needs of TLS."""
+    if (cert is None) != (key is None):
+        raise typer.BadParameter("a certificate and its key go together", param_hint="--tls-cert and --tls-key")
+    if (cert or client_ca) and not (address and cert):
+        raise typer.BadParameter("TLS is for --listen, with --tls-cert and --tls-key", param_hint="--tls-…")
+    if not address:
+        return None
+
+    from opd_daemon.rpc.listening import Listener, ServerTls
+
+    return Listener.parse(address, ServerTls(cert, key, client_ca) if cert and key else None)
 
 
 def _web_door(port: int) -> Door:

@@ -19,6 +19,7 @@ from opd_daemon.client.transport import ClientTls, open_channel
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.home import Home
 from opd_daemon.token_file import read_token
+from opd_daemon.wire import headers
 from opd_daemon.wire.errors import from_rpc_error
 
 RETRY_DELAYS = (0.1, 0.2, 0.4, 0.8, 1.6)
@@ -129,7 +130,7 @@ class TokenInterceptor(
 
     def __init__(self, token: str) -> None:
         # All connections over a unix socket look the same to the daemon, which lets clients take turns.
-        self._headers = (("authorization", f"Bearer {token}"), ("opd-client", uuid.uuid4().hex))
+        self._headers = (("authorization", f"Bearer {token}"), (headers.CLIENT, uuid.uuid4().hex))
 
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
         """Make the call, with the token."""

@@ -19,11 +19,11 @@ from opd_daemon.errors import FieldViolation, OpdError, Reason
 from opd_daemon.home import Home
 from opd_daemon.rpc.access import Gate, caller
 from opd_daemon.wire.errors import to_status
+from opd_daemon.wire.headers import REQUEST_ID
 from opd_daemon.wire.malformed import first_fault
 
 log = logging.getLogger(__name__)
 
-REQUEST_ID = "opd-request-id"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Details = grpc.HandlerCallDetails

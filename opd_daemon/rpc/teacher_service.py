@@ -22,9 +22,9 @@ from opd_daemon.textstream import TextStream
 from opd_daemon.types import GeneratedToken, ScoreRequest, TeacherInfo
 from opd_daemon.v1 import teacher_pb2 as pb
 from opd_daemon.v1 import teacher_pb2_grpc as rpc
+from opd_daemon.wire import headers
 from opd_daemon.wire import teacher as wire
 
-CLIENT_HEADER = "opd-client"
 MOST_OF_A_NAME = 64
 MOST_CHARACTERS = 8 << 20
 
@@ -206,7 +206,7 @@ def _require_short(characters: int, name: str) -> None:
 
 def _client(context: Context) -> str:
     """With whom this call shares a turn: its run, the name it gives itself, or its connection."""
-    named = dict(context.invocation_metadata() or ()).get(CLIENT_HEADER, "")
+    named = dict(context.invocation_metadata() or ()).get(headers.CLIENT, "")
     return caller.get().run_id or str(named)[:MOST_OF_A_NAME] or str(context.peer())
 
 
