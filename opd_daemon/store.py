@@ -11,8 +11,8 @@ import sqlite3
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,8 @@ from opd_daemon import schema
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.failpoints import hit
 from opd_daemon.store_faults import damaged, disk_error, of_the_disk, unusable
-from opd_daemon.types import Checkpoint, Event, EventKind, Plan, PlannedBytes, Run, RunState
+from opd_daemon.store_rows import document_of, read_event, read_run, time_text
+from opd_daemon.types import Checkpoint, Event, EventKind, Run, RunState
 
 T = TypeVar("T")
 
@@ -159,7 +160,7 @@ class Store:
         return stored
 
     def _insert_event(self, event: Event, batch_end: int) -> None:
-        time, payload = _time(event.time), json.dumps(event.payload)
+        time, payload = time_text(event.time), json.dumps(event.payload)
         row = (event.revision, batch_end, event.run_id, event.kind, time, payload)
         self._database.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", row)
         if event.kind in MEASURED:
@@ -174,7 +175,7 @@ class Store:
             self._database.execute("UPDATE checkpoints SET is_best = 0 WHERE run_id = ?", (event.run_id,))
         best, final = bool(entry.get("is_best")), bool(entry.get("is_final"))
         size, kl = entry.get("bytes", 0), entry.get("validation_kl")
-        row = (event.run_id, entry["path"], entry["step"], _time(event.time), size, best, final, kl)
+        row = (event.run_id, entry["path"], entry["step"], time_text(event.time), size, best, final, kl)
         self._database.execute("INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def newest_revision(self) -> int:
@@ -197,10 +198,10 @@ class Store:
         select = f"SELECT revision, run_id, kind, time, payload, batch_end FROM events WHERE {where}"  # noqa: S608
         rows = self._rows(f"{select} revision > ? ORDER BY revision LIMIT ?", (*values, revision, limit))
         if len(rows) < limit:
-            return [_event(row) for row in rows], max(newest, revision)
+            return [read_event(row) for row in rows], max(newest, revision)
         last, batch_end = rows[-1][0], rows[-1][5]
         rows += self._rows(f"{select} revision > ? AND revision <= ? ORDER BY revision", (*values, last, batch_end))
-        return [_event(row) for row in rows], batch_end
+        return [read_event(row) for row in rows], batch_end
 
     def compact(self, before_revision: int) -> int:
         """Forget events before a revision, not metrics and checkpoints; returns the oldest revision kept.
@@ -231,7 +232,7 @@ class Store:
     def insert_run(self, run: Run, events: Sequence[Event], request_digest: str) -> StoredRun:
         """Add a new run with the events that announce it; inside a transaction."""
         revision = self.append(events)[-1].revision
-        row = (run.run_id, revision, run.state, run.request_id, request_digest, _document(run))
+        row = (run.run_id, revision, run.state, run.request_id, request_digest, document_of(run))
         self._database.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?)", row)
         return StoredRun(run, revision)
 
@@ -241,7 +242,7 @@ class Store:
         Raises:
             OpdError: RUN_NOT_FOUND.
         """
-        row = (run.state, _document(run), run.run_id)
+        row = (run.state, document_of(run), run.run_id)
         changed = self._database.execute("UPDATE runs SET state = ?, document = ? WHERE run_id = ?", row)
         if changed.rowcount == 0:
             raise run_not_found(run.run_id)
@@ -255,7 +256,7 @@ class Store:
         rows = self._rows("SELECT document FROM runs WHERE run_id = ?", (run_id,))
         if not rows:
             raise run_not_found(run_id)
-        return _run(rows[0][0])
+        return read_run(rows[0][0])
 
     def has_run(self, run_id: str) -> bool:
         """Whether the store knows this run."""
@@ -277,7 +278,7 @@ class Store:
         rows = self._rows(query, (request_id,))
         if not rows:
             return None
-        run = _run(rows[0][0])
+        run = read_run(rows[0][0])
         if rows[0][2] != digest:
             message = (
                 f"request_id {request_id!r} was used before, for run {run.run_id!r}; use a new id for a new request"
@@ -301,7 +302,7 @@ class Store:
         order = "ASC" if oldest_first else "DESC"
         query = f"SELECT document, revision FROM runs {where} ORDER BY revision {order} LIMIT ?"  # noqa: S608
         values = [*states, *([before] if before is not None else []), limit]
-        return [StoredRun(_run(document), revision) for document, revision in self._rows(query, values)]
+        return [StoredRun(read_run(document), revision) for document, revision in self._rows(query, values)]
 
     def count_runs(self) -> dict[RunState, int]:
         """How many runs there are in each state; states without any are left out."""
@@ -345,7 +346,7 @@ class Store:
             "OR step = (SELECT MAX(step) FROM metrics WHERE run_id = :run AND kind = :kind)) ORDER BY step LIMIT :limit"
         )
         values = {"run": run_id, "kind": kind, "after": after_step, "stride": max(stride, 1), "limit": limit}
-        return [_event(row) for row in self._database.execute(query, values).fetchall()]
+        return [read_event(row) for row in self._database.execute(query, values).fetchall()]
 
     def checkpoints(self, run_id: str) -> list[Checkpoint]:
         """Checkpoints the run reported, oldest first; some may have been tidied away since."""
@@ -412,32 +413,3 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
-
-
-def _time(time: datetime) -> str:
-    return time.astimezone(UTC).isoformat(timespec="microseconds")
-
-
-def _event(row: tuple[Any, ...]) -> Event:
-    revision, run_id, kind, time, payload = row[:5]
-    return Event(EventKind(kind), run_id, json.loads(payload), datetime.fromisoformat(time), revision)
-
-
-def _document(run: Run) -> str:
-    return json.dumps(asdict(run), default=_time)
-
-
-def _run(document: str) -> Run:
-    values = json.loads(document)
-    for name in ("created_at", "started_at", "finished_at"):
-        values[name] = datetime.fromisoformat(values[name]) if values[name] else None
-    values["plan"] = _plan(values["plan"]) if values["plan"] else None
-    return Run(**{**values, "state": RunState(values["state"])})
-
-
-def _plan(values: dict[str, Any]) -> Plan:
-    """A plan as it was stored; one of an earlier version lacks what that didn't know."""
-    sentences = {name: tuple(values.get(name, ())) for name in ("assumptions", "warnings", "advice")}
-    parts = {name: tuple(PlannedBytes(**part) for part in values.get(name, ())) for name in ("memory", "disk")}
-    phases = tuple((name, seconds) for name, seconds in values.get("phases", ()))
-    return Plan(**{**values, **sentences, **parts, "phases": phases})
