@@ -149,10 +149,10 @@ class Daemon:
             retaining.cancel()
             await events.aclose()
 
-    async def begin(self, address: str) -> None:
-        """Take up earlier runs; from here on workers start and reach the daemon at `address`."""
+    def begin(self, address: str) -> None:
+        """From here on workers start and reach the daemon at `address`."""
         self.workers.address = address
-        await self.runs.recover()
+        self.runs.start()
 
     async def end(self, grace: float) -> None:
         """Let workers write their checkpoints, then end the watches and say goodbye to the plugins."""

@@ -95,7 +95,7 @@ class Front:
         self.socket.unlink(missing_ok=True)
         self.server = grpc.aio.server(options=OPTIONS, interceptors=self._interceptors)
         self.serving = _add_services(self.server, self.daemon, self._roots)
-        # It would say SERVING by itself, before earlier runs are taken up.
+        # It would say SERVING by itself, before workers can start.
         await self.serving.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._tell_of_teacher()
         self.port = _bind(self.server, self.socket, self.port)

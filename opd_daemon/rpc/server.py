@@ -100,6 +100,7 @@ async def _serve(settings: ServeSettings) -> None:
     remote = settings.listener is not None and not is_loopback(settings.listener.host)
     roots = AllowedRoots.default(settings.home, settings.allowed_roots, remote=remote)
     async with Daemon.open(settings.home, limits, roots) as daemon:
+        await daemon.runs.recover()
         calls = CallTally()
         interceptors = [Meter(calls), Border(Gate(token, daemon.runs.run_for_token), settings.home)]
         front = Front(daemon, roots, interceptors, port=settings.port, listener=settings.listener)
@@ -107,7 +108,7 @@ async def _serve(settings: ServeSettings) -> None:
             settings.web(daemon, token, calls) if settings.web else contextlib.nullcontext() as web_port,
             _listening(front, settings.home, token, web_port) as address,
         ):
-            await daemon.begin(address)
+            daemon.begin(address)
             await front.serving.set("", health_pb2.HealthCheckResponse.SERVING)
             kept = asyncio.create_task(front.keep_open())
             sys.stdout.write(f"opd {opd_daemon.__version__} serves {settings.home.root} at {address}\n")

@@ -374,7 +374,7 @@ class RunManager:
     # From start to end
 
     async def recover(self) -> None:
-        """Take up what an earlier daemon left: end its workers, mark its live runs INTERRUPTED, start scheduling."""
+        """Take up what an earlier daemon left: end its workers, mark its live runs INTERRUPTED. Before anyone asks."""
         orphans = await self._events.read(lambda store: store.workers())
         await asyncio.gather(*(asyncio.to_thread(end_orphan, worker, self._home) for worker in orphans))
         hit("recover.orphans")
@@ -387,6 +387,9 @@ class RunManager:
                 stored.run.run_id, RunState.INTERRUPTED, message=message, error_reason=Reason.DAEMON_DIED
             )
             hit("recover.interrupted")
+
+    def start(self) -> None:
+        """Start scheduling: from here on workers are started."""
         self._scheduler.start()
 
     async def _finish_writing(self) -> None:

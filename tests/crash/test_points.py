@@ -73,6 +73,7 @@ def test_a_run_survives_death_at_every_point_of_its_life(daemon: Daemon, tmp_pat
         name, _, count = entry.partition("@")
         daemon.start(f"{name}=kill@{count or 1}", wait=False)
         if daemon.until_serving():
+            assert point not in AT_RECOVERY, "nobody is served before earlier runs are taken up"
             life.until_hit(point)
         daemon.kill()
         assert daemon.points_hit()[-1] == point

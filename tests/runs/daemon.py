@@ -115,6 +115,7 @@ class Stage:
             stop_grace=self.stop_grace,
         )
         await manager.recover()
+        manager.start()
         try:
             yield Daemon(self, manager, events, workers)
         finally:
