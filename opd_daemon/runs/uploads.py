@@ -110,7 +110,15 @@ class Uploads:
 
     def _taken(self) -> int:
         with os.scandir(self._folder) as entries:
-            return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
+            return sum(map(_size, entries))
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    """Bytes of a file; 0 for one that is gone since, as that of an upload which has just been given up."""
+    try:
+        return entry.stat(follow_symlinks=False).st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _write_all(file: IO[bytes], data: bytes) -> None:

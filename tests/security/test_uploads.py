@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import json
@@ -105,6 +106,26 @@ async def test_a_stream_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert names(tmp_path) == []
+
+
+@asynchronous
+async def test_an_upload_given_up_while_another_begins_disturbs_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads = Uploads(tmp_path)
+    scan = os.scandir
+
+    def gone_since(folder: Path) -> contextlib.nullcontext[list[os.DirEntry[str]]]:
+        other = folder / "other.part"
+        other.write_bytes(b"x")
+        with scan(folder) as found:
+            entries = list(found)
+        other.unlink()
+        return contextlib.nullcontext(entries)
+
+    monkeypatch.setattr(os, "scandir", gone_since)
+    kept = await uploads.receive(pieces(ROWS))
+    assert kept.sha256 == DIGEST
 
 
 def test_what_a_killed_daemon_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
