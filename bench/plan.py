@@ -198,30 +198,50 @@ def plan_and_run(values: dict[str, Any], home: Path) -> tuple[Plan, Done]:
         (process,) = [child for child in psutil.Process().children() if "opd_daemon.cli" in child.cmdline()]
         watcher = Watcher(process)
         watcher.start()
-        run = finished(client, values)
+        run, events = finished(client, values)
         peaks = watcher.stop()
         steps, evaluations, _ = client.metrics(run.run_id)
     assert run.started_at is not None
     assert run.finished_at is not None
-    return planned.plan, Done((run.finished_at - run.started_at).total_seconds(), phases(steps, evaluations), peaks)
+    seconds = (run.finished_at - run.started_at).total_seconds()
+    return planned.plan, Done(seconds, phases(run, events, steps, evaluations), peaks)
 
 
-def phases(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds the run says its phases took."""
+def phases(
+    run: Run, events: list[Event], steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]
+) -> dict[str, float]:
+    """Seconds of the phases, as the run says, and where it doesn't as the times of its events say."""
+    assert run.started_at is not None
+    running, evaluated, saved, ended = (
+        next(event.time for event in events if wanted(event))
+        for wanted in (
+            lambda event: event.payload.get("state") == RunState.RUNNING,
+            lambda event: event.kind is EventKind.EVALUATION,
+            lambda event: event.payload.get("is_final"),
+            lambda event: event.payload.get("state") == RunState.SUCCEEDED,
+        )
+    )
+    # Before the first evaluation the teacher writes what is held out, and both models are checked.
+    first = (evaluated - running).total_seconds() + sum(evaluation["seconds"] for evaluation in evaluations[1:])
     found = {phase: sum(step[f"{name}_milliseconds"] for step in steps) / 1000 for phase, name in PHASES.items()}
-    return {**found, "evaluate": sum(evaluation["seconds"] for evaluation in evaluations)}
+    load, report = (running - run.started_at).total_seconds(), (ended - saved).total_seconds()
+    return {"load": load, **found, "evaluate": first, "report": report}
 
 
-def finished(client: Client, values: dict[str, Any]) -> Run:
-    """Do the run."""
+def finished(client: Client, values: dict[str, Any]) -> tuple[Run, list[Event]]:
+    """Do the run; with all its events."""
     run, revision = client.create_run(values)
+    events = []
     for item in client.watch(revision, run.run_id):
-        if isinstance(item, Event) and item.kind is EventKind.RUN_STATE and RunState(item.payload["state"]).resting:
+        if not isinstance(item, Event):
+            continue
+        events.append(item)
+        if item.kind is EventKind.RUN_STATE and RunState(item.payload["state"]).resting:
             break
     run, _ = client.run(run.run_id)
     if run.state is not RunState.SUCCEEDED:
         raise RuntimeError(f"{run.run_id} ended {run.state}: {run.error_message}")
-    return run
+    return run, events
 
 
 def row(name: str, plan: Plan, done: Done) -> str:
@@ -237,9 +257,8 @@ def show_parts(plan: Plan, done: Done) -> None:
     planned = dict(plan.phases)
     for phase, seconds in done.phases.items():
         print(f"    {phase:26} {planned.pop(phase, 0.0):10.1f} {seconds:10.1f}")
-    print(
-        f"    {' + '.join(planned):26} {sum(planned.values()):10.1f} {done.seconds - sum(done.phases.values()):10.1f}"
-    )
+    others, unnamed = " + ".join((*planned, "between")), done.seconds - sum(done.phases.values())
+    print(f"    {others:26} {sum(planned.values()):10.1f} {unnamed:10.1f}")
     for process, ours, peak in (
         ("daemon", plan.daemon_peak_bytes, done.peaks.daemon),
         ("worker", plan.worker_peak_bytes, done.peaks.worker),

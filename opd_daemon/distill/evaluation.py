@@ -46,7 +46,7 @@ class Evaluator:
 
     trainer: the one that trains, which decides by what the best checkpoint is chosen. head: gives the teacher's head,
     where someone else holds it already. on_policy: whether the student's own samples decide.
-    table: the teacher's first completions token by token, as of the last `measure`.
+    table: the teacher's first completions token by token, as of the last `measure`. tokenwise: what compares.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class Evaluator:
         self.on_policy = trainer is not None and trainer.on_policy
         self.table: TokenTable | None = None
         self._criterion = criterion(config, trainer)
-        self._tokenwise = Tokenwise(teacher, student, config, masked_token_ids, head)
+        self.tokenwise = Tokenwise(teacher, student, config, masked_token_ids, head)
         self._masked_token_ids = masked_token_ids
         self._rollouts: list[Rollout] | None = None
 
     @property
     def exact(self) -> bool:
         """Whether the comparison is over the full vocabulary."""
-        return self._tokenwise.exact
+        return self.tokenwise.exact
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -111,12 +111,12 @@ class Evaluator:
         """Compare the two models now."""
         started = time.perf_counter()
         shown, rest = self.rollouts[:SHOWN_ANSWERS], self.rollouts[SHOWN_ANSWERS:]
-        viewed = self._tokenwise.view(shown, keep=True)
-        on_teacher_tokens = [*viewed, *self._tokenwise.compare(rest, keep=True)]
+        viewed = self.tokenwise.view(shown, keep=True)
+        on_teacher_tokens = [*viewed, *self.tokenwise.compare(rest, keep=True)]
         on_teacher = summarise(on_teacher_tokens)
         on_student = None
         if self.config.max_eval_samples and not self.config.precompute:  # then nobody is there to score them
-            on_student = summarise(self._tokenwise.compare(self.student_samples()))
+            on_student = summarise(self.tokenwise.compare(self.student_samples()))
         self.table = TokenTable(step, self._tables(shown, viewed), by_position(on_teacher_tokens))
         return EvaluationMetrics(
             step=step,

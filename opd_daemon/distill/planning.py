@@ -24,7 +24,7 @@ from opd_daemon.distill.footprint import (
 from opd_daemon.distill.machines import Machine
 from opd_daemon.distill.rates import WIRE_BYTES_PER_SECOND, AssumedRates, Pair, Rates
 from opd_daemon.distill.shape import adapter_parameters, in_float32, shape_of, stored_parameters
-from opd_daemon.distill.workload import PHASES, Lengths, Phase, Regime, Workload, measure_lengths, workload_of
+from opd_daemon.distill.workload import PHASES, Decode, Lengths, Phase, Regime, Workload, measure_lengths, workload_of
 from opd_daemon.models.folder import ModelFolder, read_folder
 from opd_daemon.readable import size
 from opd_daemon.types import Plan, PlannedBytes
@@ -48,8 +48,11 @@ QUANTISED_BITS = 4.5
 FEW_HELD_OUT = 8
 
 SAVE_SECONDS = 0.05
+REPORT_SECONDS = 2.5
 STEP_SECONDS = 0.02
 WRITTEN_BYTES_PER_SECOND = 3e8
+# On a CPU each model proves that it decodes right in another way: about as much work as this.
+PROOF = Decode(sequences=2, prompt=4, tokens=8, prompts=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +176,7 @@ class RunFacts:
         phases["train"] += self.config.num_steps * STEP_SECONDS
         phases["load"] += self._loading(rates)
         phases["checkpoint"] += self._saving()
+        phases["report"] += REPORT_SECONDS
         return phases
 
     def _loading(self, rates: Rates) -> float:
@@ -180,7 +184,10 @@ class RunFacts:
         teacher = 0.0 if self.loaded else pair.teacher.weight_bytes * (1 / rates.read_bytes + 1 / rates.hash_bytes)
         # The base is fingerprinted before and after training.
         student = pair.stored_bytes / rates.read_bytes + 2 * pair.student.weight_bytes / rates.hash_bytes
-        return rates.start + teacher + student + pair.teacher.head_bytes / WIRE_BYTES_PER_SECOND
+        proofs = 0.0
+        if pair.on_host:
+            proofs = rates.seconds("sample", PROOF, pair) + (not self.loaded) * rates.seconds("write", PROOF, pair)
+        return rates.start + teacher + student + proofs + pair.teacher.head_bytes / WIRE_BYTES_PER_SECOND
 
     def _saving(self) -> float:
         config, adapter = self.config, 4 * self.pair.adapter

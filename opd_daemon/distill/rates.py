@@ -17,7 +17,7 @@ from opd_daemon.distill.workload import Decode, Forward, Item, Kind, Update
 FIT_ROUNDS = 5000
 
 # One request to the daemon and back for one sequence: encoding, sockets, cache; and for each byte of its answer.
-CALL_SECONDS = 0.003
+CALL_SECONDS = 0.001
 WIRE_BYTES_PER_SECOND = 4e8
 
 

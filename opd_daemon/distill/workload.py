@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     from opd_daemon.trainer import TrainerInfo
 
 Kind = Literal["sample", "write", "score", "learn", "update", "compare"]
-Phase = Literal["load", "rollout", "score", "train", "evaluate", "checkpoint"]
+Phase = Literal["load", "rollout", "score", "train", "evaluate", "checkpoint", "report"]
 
-PHASES: tuple[Phase, ...] = ("load", "rollout", "score", "train", "evaluate", "checkpoint")
+PHASES: tuple[Phase, ...] = ("load", "rollout", "score", "train", "evaluate", "checkpoint", "report")
 
 # Prompts that are tokenised to learn how long they are.
 SAMPLED_ROWS = 128
@@ -32,6 +33,8 @@ STUDENT_DECODES, TEACHER_DECODES = 64, 32
 SHOWN_ANSWERS = 4
 # What both models are checked on before training: completions of the teacher, and so many tokens of the student.
 CHECKED, CHECKED_TOKENS = 4, 12
+# What sequences begin with, as the words of a chat template, is computed once for all where that saves so much.
+SHARING_WORTH = 1 / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,8 @@ class Task:
 class Lengths:
     """Tokens of the prompts, training and held out, and of the data's own completions, EOS included; 0 where none.
 
-    teacher_train, teacher_held_out: of the same prompts as the teacher reads them.
+    teacher_train, teacher_held_out: of the same prompts as the teacher reads them. shared, held_out_shared: tokens
+    all of these begin with.
     """
 
     train: tuple[int, ...]
@@ -91,6 +95,8 @@ class Lengths:
     teacher_train: tuple[int, ...]
     teacher_held_out: tuple[int, ...]
     train_count: int
+    shared: int = 0
+    held_out_shared: int = 0
 
     @property
     def longest(self) -> int:
@@ -132,7 +138,15 @@ def measure_lengths(config: RunConfig) -> Lengths:
         teacher_train=tuple(len(prompt.teacher_token_ids) for prompt in prompts),
         teacher_held_out=tuple(len(prompt.teacher_token_ids) for prompt in repeated),
         train_count=len(train),
+        shared=_shared(prompts),
+        held_out_shared=_shared(others),
     )
+
+
+def _shared(prompts: Sequence[Prompt]) -> int:
+    """Tokens that all of them begin with, as the teacher reads them."""
+    columns = zip(*(prompt.teacher_token_ids for prompt in prompts), strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _evenly(rows: Sequence[Row], count: int) -> list[Row]:
@@ -276,9 +290,17 @@ def _scoring(config: RunConfig, regime: Regime, lengths: Lengths, trained: list[
     fresh += min(others, lengths.train_count) if config.use_cache else others
     prompt = float(np.mean(lengths.teacher_train))
     rows = float(np.mean(trained))
-    # What samples of one prompt begin with is computed once.
-    length = rows + prompt / regime.samples_per_prompt
+    if regime.samples_per_prompt > 1:  # what they begin with is computed once
+        length = rows + prompt / regime.samples_per_prompt
+    else:
+        length = _computed(prompt + rows, lengths.shared, size)
     return [Task("score", "score", Forward(size, length, size * rows), fresh / size)]
+
+
+def _computed(length: float, shared: int, sequences: float) -> float:
+    """Tokens of each of some sequences that the teacher computes, where all begin with the same `shared` ones."""
+    saved = shared * (1 - 1 / sequences)
+    return length - saved if saved >= SHARING_WORTH * length else length
 
 
 def _evaluation(config: RunConfig, lengths: Lengths) -> list[Task]:
@@ -289,7 +311,7 @@ def _evaluation(config: RunConfig, lengths: Lengths) -> list[Task]:
     batches = -(-count // config.batch_size)
     size = count / batches
     width = _padded(prompt + tokens)
-    scored = Forward(size, read + tokens, size * tokens)
+    scored = Forward(size, _computed(read + tokens, lengths.held_out_shared, size), size * tokens)
     compared = Forward(size, width, size * tokens)
     tasks = [
         Task("evaluate", "write", Decode(together, read, tokens, together), count / together),
@@ -300,7 +322,11 @@ def _evaluation(config: RunConfig, lengths: Lengths) -> list[Task]:
     ]
     checked = min(CHECKED, count)
     tasks += [
-        Task("evaluate", "score", Forward(checked, read + tokens, checked * tokens)),
+        Task(
+            "evaluate",
+            "score",
+            Forward(checked, _computed(read + tokens, lengths.held_out_shared, checked), checked * tokens),
+        ),
         Task("evaluate", "sample", Decode(checked, prompt, min(tokens, CHECKED_TOKENS), checked)),
     ]
     if own := own_samples(config, lengths):
@@ -308,7 +334,12 @@ def _evaluation(config: RunConfig, lengths: Lengths) -> list[Task]:
         size = own / batches
         tasks += [
             Task("evaluate", "sample", Decode(own, prompt, tokens, own), times),
-            Task("evaluate", "score", Forward(size, read + tokens, size * tokens), batches * times),
+            Task(
+                "evaluate",
+                "score",
+                Forward(size, _computed(read + tokens, lengths.held_out_shared, size), size * tokens),
+                batches * times,
+            ),
             Task("evaluate", "compare", Forward(size, width, size * tokens), batches * times),
         ]
     return tasks

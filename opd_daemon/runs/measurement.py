@@ -24,7 +24,8 @@ import numpy as np
 import psutil
 
 from opd_daemon.config import RunConfig, parse_config
-from opd_daemon.distill import Prompt, backward, micro_batches, sample_completions, score, teacher_completions
+from opd_daemon.distill import Prompt, Rollout, backward, micro_batches, sample_completions, score, teacher_completions
+from opd_daemon.distill.batches import pad
 from opd_daemon.distill.machines import this_machine
 from opd_daemon.distill.rates import MeasuredRates, Pair, features, fit
 from opd_daemon.distill.session import run_trainer
@@ -47,16 +48,18 @@ from opd_daemon.types import (
 
 T = TypeVar("T")
 
-# The larger of the two stand-ins has so many layers, as long as they take no more than so many bytes.
-MOST_LAYERS = 6
+# The larger of the two stand-ins has so many layers, as long as they take no more than so many bytes; the smaller has a
+# third of them. A single layer would stay in the processor's cache, and the next one would then seem to cost too much.
+MOST_LAYERS = 9
 LAYERS_BYTES = 1 << 29
+SMALLER = 3
 
-# Points are measured again until they have taken so long, the first one at least twice, as it finds nothing warm. No
-# further points are tried after the budget.
+# Points are measured again until they have taken so long, the first one at least twice, as it finds nothing warm; of
+# several times the middle one counts, of two the shorter. No further points are tried after the budget.
 ENOUGH_SECONDS = 0.7
-MOST_REPEATS = 3
-BUDGET_SECONDS = 10.0
-EVALUATED_PROMPTS, EVALUATED_TOKENS = 4, 8
+MOST_REPEATS = 5
+BUDGET_SECONDS = 20.0
+EVALUATED_PROMPTS, EVALUATED_TOKENS = 2, 4
 HASHED_BYTES = 1 << 25
 
 
@@ -73,10 +76,10 @@ class Point:
 # The largest first: what follows reuses its memory, as in a run every step does.
 POINTS = (
     Point(8, 64, 8, writes=True),
-    Point(8, 16, 8),
-    Point(2, 64, 4, writes=True),
-    Point(2, 16, 4),
+    Point(24, 16, 8, writes=True),
     Point(4, 16, 20, writes=True),
+    Point(2, 64, 4, writes=True),
+    Point(2, 16, 16, writes=True),
 )
 
 
@@ -177,14 +180,10 @@ async def _drained(items: AsyncIterator[Any]) -> None:
 
 @dataclass(slots=True)
 class Measurer:
-    """A trainer that trains on made-up sequences and writes down how long each part takes.
-
-    began: when training began. evaluations: seconds, and what was done in them, of evaluations.
-    """
+    """A trainer that trains on made-up sequences and writes down how long each part takes. began: when it began."""
 
     pair: Pair
     samples: Samples
-    evaluations: list[tuple[float, list[tuple[Kind, Item]]]] = field(default_factory=list)
     began: float = 0.0
 
     def train(self, context: TrainContext) -> None:
@@ -205,11 +204,11 @@ class Measurer:
                 step = next(steps)
                 tries.append([*found, ("update", Update(1), time.perf_counter() - updating)])
             for same in zip(*tries, strict=True):
-                kind, item, seconds = min(same, key=itemgetter(2))
+                kind, item, seconds = sorted(same, key=itemgetter(2))[(len(same) - 1) // 2]
                 self.samples.add(kind, item, self.pair, seconds)
+            self._compare(context, point)
             if time.perf_counter() - began > BUDGET_SECONDS:
                 break
-        self._evaluate(context)
         raise _Measured
 
     def _try(
@@ -249,24 +248,20 @@ class Measurer:
             found.append(("write", decode, clock() - writing))
         return found
 
-    def _evaluate(self, context: TrainContext) -> None:
-        """Once more, when the teacher has written and scored its completions already."""
-        evaluator, config = context.loop.evaluator, context.config
+    def _compare(self, context: TrainContext, point: Point) -> None:
+        """Compare the models on made-up completions, once what the teacher says of them is at hand."""
+        drawn = np.random.default_rng(0)
+        rollouts = [
+            Rollout(prompt, prompt.token_ids[: point.tokens], "length", "data")
+            for prompt in _prompts(context, point, drawn)
+        ]
+        tokenwise = context.loop.evaluator.tokenwise
+        tokenwise.compare(rollouts, keep=True)
         started = time.perf_counter()
-        evaluator.measure(0)
+        tokenwise.compare(rollouts, keep=True)
         seconds = time.perf_counter() - started
-        written = [rollout.token_ids for rollout in evaluator.rollouts]
-        rows = sum(len(rollout.completion_ids) for rollout in evaluator.rollouts)
-        mean = sum(map(len, written)) / len(written)
-        compared = Forward(len(written), mean, rows)
-        own = min(config.max_eval_samples, len(written))
-        tokens = config.max_generation_tokens
-        sampled = Forward(own, mean, own * tokens)
-        done: list[tuple[Kind, Item]] = [("compare", compared)]
-        if own:
-            decode = Decode(own, mean - rows / len(written), tokens, own)
-            done += [("sample", decode), ("score", sampled), ("compare", sampled)]
-        self.evaluations.append((seconds, done))
+        sequences, length = pad(rollouts)[0].shape
+        self.samples.add("compare", Forward(sequences, length, sequences * point.tokens), self.pair, seconds)
 
 
 def _prompts(context: TrainContext, point: Point, drawn: np.random.Generator) -> Iterator[Prompt]:
@@ -280,7 +275,7 @@ def measure(config: RunConfig) -> MeasuredRates:
     imported = time.time() - psutil.Process().create_time()
     machine = this_machine()
     models = [read_folder(Path(path)) for path in (config.base_model_path, config.teacher_model_path)]
-    samples, evaluations, loading = Samples(), [], 0.0
+    samples, loading = Samples(), 0.0
     for counts in dict.fromkeys(zip(*map(_layers, models), strict=True)):
         with TemporaryDirectory(prefix="opd-measurement-") as name:
             folder = Path(name)
@@ -288,14 +283,10 @@ def measure(config: RunConfig) -> MeasuredRates:
             student, teacher = (
                 read_folder(write_stand_in(model, folder / role, count)) for model, role, count in roles
             )
-            measurer = Measurer(_pair(config, machine.float32, student, teacher), samples)
-            seconds = _run(config, measurer, folder)
+            seconds = _run(config, Measurer(_pair(config, machine.float32, student, teacher), samples), folder)
             # The first load also imports what every worker imports.
             loading = loading or seconds
-            evaluations.append(measurer)
-    weights = samples.weights()
-    weights["compare"] = _comparison(evaluations, weights)
-    return MeasuredRates(weights, imported + loading, machine.disk, _hash_rate())
+    return MeasuredRates(samples.weights(), imported + loading, machine.disk, _hash_rate())
 
 
 def _run(config: RunConfig, measurer: Measurer, folder: Path) -> float:
@@ -320,7 +311,7 @@ def _run(config: RunConfig, measurer: Measurer, folder: Path) -> float:
         "max_generation_tokens": EVALUATED_TOKENS,
         "max_validation_prompts": EVALUATED_PROMPTS,
         "validation_fraction": 0.5,
-        "max_eval_samples": EVALUATED_PROMPTS,
+        "max_eval_samples": 0,
         "eval_tasks": "",
         "teacher_system_prompt": "",
         "precompute": False,
@@ -350,7 +341,7 @@ def _layers(folder: ModelFolder) -> tuple[int, int]:
     """Layers of the smaller and of the larger stand-in."""
     shape = shape_of(folder)
     larger = min(shape.layers, MOST_LAYERS, max(2, LAYERS_BYTES // max(1, shape.block_bytes)))
-    return (1, larger)
+    return (max(1, larger // SMALLER), larger)
 
 
 def _pair(config: RunConfig, float32: bool, student: ModelFolder, teacher: ModelFolder) -> Pair:
@@ -358,18 +349,6 @@ def _pair(config: RunConfig, float32: bool, student: ModelFolder, teacher: Model
     shape = shape_of(in_float32(student) if cast else student)
     adapter = adapter_parameters(student, config.lora)
     return Pair(shape, shape_of(teacher), student.weight_bytes, adapter, shape.layers, config.signal == "exact")
-
-
-def _comparison(evaluations: Sequence[Measurer], weights: dict[Kind, list[float]]) -> list[float]:
-    """What is left of the evaluations' time once sampling and scoring are taken off."""
-    rows, seconds = [], []
-    for measurer in evaluations:
-        for whole, done in measurer.evaluations:
-            known = [(kind, features(kind, item, measurer.pair)) for kind, item in done]
-            others = sum(float(np.dot(weights[kind], row)) for kind, row in known if kind != "compare")
-            rows.append(np.sum([row for kind, row in known if kind == "compare"], axis=0).tolist())
-            seconds.append(max(whole - others, 0.1 * whole))
-    return fit(rows, seconds)
 
 
 def _hash_rate() -> float:

@@ -582,7 +582,7 @@ class PlannedPhase(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"load", "rollout", "score", "train", "evaluate" or "checkpoint"."""
+    """"load", "rollout", "score", "train", "evaluate", "checkpoint" or "report"."""
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
         """Its share of the duration."""

@@ -19,7 +19,7 @@ from opd_daemon.distill.peft import PEFT_WEIGHTS
 from opd_daemon.distill.planning import DiskSpace, RunFacts, plan
 from opd_daemon.distill.shape import adapter_parameters, in_float32, shape_of, stored_parameters
 from opd_daemon.distill.student import Student
-from opd_daemon.distill.workload import Decode, Forward, Lengths, Regime, workload_of
+from opd_daemon.distill.workload import Decode, Forward, Lengths, Regime, measure_lengths, workload_of
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.models.folder import read_folder
 from opd_daemon.trainer import TrainerInfo
@@ -140,6 +140,30 @@ def test_an_on_policy_step_samples_scores_and_learns() -> None:
     assert {item for item, _ in learned} == {Forward(2, 64, 80)}
 
 
+def test_what_all_prompts_begin_with_is_computed_once_where_that_pays() -> None:
+    regime = Regime(1.0, writes=False, scores=True)
+    template = replace(LENGTHS, shared=15, held_out_shared=3)
+    done = work(SIZES, regime, template)
+    assert ("score", "score", Forward(6, 60 - 15 * 5 / 6, 240), 10) in done
+    assert ("evaluate", "score", Forward(2, 60, 80), 4) in done  # 3 tokens less wouldn't pay
+    assert ("score", "score", Forward(6, 60, 240), 10) in work(SIZES, regime, replace(template, shared=8))
+
+
+def test_how_much_all_prompts_share_is_counted_in_the_teachers_tokens(tiny_student: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"Tell me about {name}"}) + "\n" for name in "abcdefgh"))
+    values = {
+        "base_model_path": str(tiny_student),
+        "teacher_model_path": str(tiny_student),
+        "prompts_path": str(rows),
+        "teacher_system_prompt": "You know everything.",
+    }
+    lengths = measure_lengths(parse_config(values))
+    plain = measure_lengths(parse_config({**values, "teacher_system_prompt": ""}))
+    assert 0 < plain.shared < lengths.shared < min(lengths.teacher_train)
+    assert lengths.held_out_shared > 0
+
+
 def test_samples_of_one_prompt_are_prefilled_once_and_prefixes_are_shorter() -> None:
     regime = Regime(1.0, writes=False, scores=True, samples_per_prompt=3, prefix_tokens=10)
     done = work(SIZES, regime, LENGTHS)
@@ -245,7 +269,15 @@ def test_prompts_are_measured_as_each_model_reads_them(settings: dict[str, Any])
 
 def test_a_plan_adds_up(settings: dict[str, Any]) -> None:
     found = plan(facts(settings))
-    assert [name for name, _ in found.phases] == ["load", "rollout", "score", "train", "evaluate", "checkpoint"]
+    assert [name for name, _ in found.phases] == [
+        "load",
+        "rollout",
+        "score",
+        "train",
+        "evaluate",
+        "checkpoint",
+        "report",
+    ]
     assert found.seconds == pytest.approx(sum(seconds for _, seconds in found.phases))
     assert found.disk_bytes == sum(part.bytes for part in found.disk)
     assert found.fits

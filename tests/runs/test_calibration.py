@@ -26,7 +26,7 @@ from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs import calibration
 from opd_daemon.runs.calibration import Calibrations, key_of
 from opd_daemon.runs.plans import Planner, PlanRequest, does_not_fit
-from opd_daemon.teacher import TeacherService, generation, scoring
+from opd_daemon.teacher import TeacherService, generation, scoring, sharing
 from opd_daemon.types import CacheStats
 from tests.sparse import write_sparse_model
 
@@ -207,6 +207,7 @@ def test_plans_know_the_limits_the_daemon_and_the_worker_keep() -> None:
     assert scoring.CHUNK_BYTES == footprint.DAEMON_CHUNK_BYTES
     assert generation.SEQUENCES_OF_ONE_CLIENT == workload.TEACHER_DECODES
     assert generation.PREFILL_SEQUENCES == footprint.JOINING
+    assert sharing.WORTH == workload.SHARING_WORTH
     assert evaluation.SHOWN_ANSWERS == workload.SHOWN_ANSWERS
     assert live_preflight.COMPLETIONS == workload.CHECKED
     assert live_preflight.STUDENT_TOKENS == workload.CHECKED_TOKENS
