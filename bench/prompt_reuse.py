@@ -22,12 +22,13 @@ blas.preload()
 import mlx.core as mx
 import numpy as np
 
+from opd_daemon.arrays import Float32
 from opd_daemon.demo.smollm2 import convert_teacher
 from opd_daemon.teacher.batching import FairQueue, ScoreItem, next_batch
 from opd_daemon.teacher.folder import open_folder
 from opd_daemon.teacher.loading import LoadedModel, load
 from opd_daemon.teacher.scoring import score_batch
-from opd_daemon.types import Float32, ScoreRequest, Scores, ScoreWants
+from opd_daemon.types import ScoreRequest, Scores, ScoreWants
 from opd_daemon.vocabulary import load_vocabulary
 
 TOKEN_BUDGET, PIECE = 2048, 512  # the service's defaults

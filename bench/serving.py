@@ -27,11 +27,12 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 
+from opd_daemon.arrays import Int32
 from opd_daemon.client import Client
 from opd_daemon.demo.smollm2 import convert_teacher
 from opd_daemon.home import Home
-from opd_daemon.types import Int32, ScoreRequest, ScoreWants
-from opd_daemon.wire.teacher import score_blocks
+from opd_daemon.types import ScoreRequest, ScoreWants
+from opd_daemon.wire.arrays import score_blocks
 
 CLIENTS, LENGTH, TOP_K = 8, 128, 64
 

@@ -21,7 +21,21 @@ import psutil
 
 AIM_SECONDS = 1.0
 # What no daemon needs before a model is loaded, a report drawn or a page asked for.
-HEAVY = ("matplotlib", "scipy", "mlx_lm", "transformers", "tokenizers", "prometheus_client", "starlette", "uvicorn")
+HEAVY = (
+    "huggingface_hub",
+    "jinja2",
+    "matplotlib",
+    "mlx.core",
+    "mlx_lm",
+    "numpy",
+    "prometheus_client",
+    "safetensors",
+    "scipy",
+    "starlette",
+    "tokenizers",
+    "transformers",
+    "uvicorn",
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,7 @@ def imported(environment: dict[str, str]) -> list[str]:
         "print(*sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
-    return [name for name in (*HEAVY, "mlx.core") if name in said.stdout.split()]
+    return [name for name in HEAVY if name in said.stdout.split()]
 
 
 if __name__ == "__main__":

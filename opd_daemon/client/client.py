@@ -44,6 +44,7 @@ from opd_daemon.v1 import catalog_pb2, run_pb2, teacher_pb2
 from opd_daemon.v1.catalog_pb2_grpc import CatalogServiceStub
 from opd_daemon.v1.run_pb2_grpc import RunServiceStub
 from opd_daemon.v1.teacher_pb2_grpc import TeacherServiceStub
+from opd_daemon.wire import arrays as wire_arrays
 from opd_daemon.wire import comparison as wire_comparison
 from opd_daemon.wire import runs as wire_runs
 from opd_daemon.wire import teacher as wire_teacher
@@ -156,13 +157,13 @@ class Client:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
-        request = teacher_pb2.TokenizeRequest(tokens=wire_teacher.token_input(ids))
+        request = teacher_pb2.TokenizeRequest(tokens=wire_arrays.token_input(ids))
         text: str = self._read(TeacherServiceStub, "Tokenize", request).text
         return text
 
     def _tokens(self, tokens: teacher_pb2.TokenInput) -> list[int]:
         answer = self._read(TeacherServiceStub, "Tokenize", teacher_pb2.TokenizeRequest(tokens=tokens))
-        return [int(token) for token in np.frombuffer(answer.token_ids.ids, dtype=wire_teacher.INT32)]
+        return [int(token) for token in np.frombuffer(answer.token_ids.ids, dtype=wire_arrays.INT32)]
 
     def cache_stats(self) -> CacheStats:
         """What the teacher cache holds and has saved."""

@@ -13,7 +13,7 @@ from opd_daemon.trainer import TeacherHead
 from opd_daemon.types import CachedScores, GeneratedToken, GenerateRequest, ScoreRequest, TeacherInfo
 from opd_daemon.v1 import teacher_pb2 as pb
 from opd_daemon.v1 import teacher_pb2_grpc as rpc
-from opd_daemon.wire import teacher as wire
+from opd_daemon.wire import arrays as wire
 
 if TYPE_CHECKING:
     from opd_daemon.client.client import Client

@@ -14,11 +14,12 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from opd_daemon.arrays import Int32
 from opd_daemon.distill.rollouts import Rollout
 from opd_daemon.distill.scoring import TeacherTargets, trained_length
 from opd_daemon.distill.signals import SampledSignal, SparseSignal, at_temperature
 from opd_daemon.distill.teacher_head import as_mlx
-from opd_daemon.types import HiddenDtype, Int32
+from opd_daemon.types import HiddenDtype
 
 if TYPE_CHECKING:
     from opd_daemon.config import LossMean

@@ -15,8 +15,9 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from opd_daemon.arrays import Float32
 from opd_daemon.distill.exact import NAMES
-from opd_daemon.types import Comparison, Float32
+from opd_daemon.types import Comparison
 
 CONFIDENCE = 0.95
 QUARTERS = 4

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from opd_daemon.errors import FieldViolation, OpdError, Reason
 from opd_daemon.paths import open_plain
 
@@ -84,12 +82,12 @@ class PromptSet:
     def take(self, cursor: int, count: int) -> list[Prompt]:
         """The `count` prompts after the first `cursor` ones of the run, epochs following each other."""
         size = len(self.train)
-        orders: dict[int, np.ndarray[Any, Any]] = {}
+        orders: dict[int, list[int]] = {}
         taken = []
         for place in range(cursor, cursor + count):
             epoch, offset = divmod(place, size)
             if epoch not in orders:
-                orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(size)
+                orders[epoch] = _shuffled(size, self.seed, epoch)
             taken.append(self.train[orders[epoch][offset]])
         return taken
 
@@ -147,11 +145,19 @@ def split_rows(config: RunConfig) -> tuple[list[Row], list[Row]]:
         message = f"{path}: 1 row can't be split into training and held-out rows; add rows or name a second file"
         raise OpdError(Reason.INVALID_RUN_CONFIG, message, path=path)
     wanted = min(max(1, round(len(rows) * config.validation_fraction)), len(rows) - 1, config.max_validation_prompts)
-    order = np.random.default_rng([config.seed, len(rows)]).permutation(len(rows))
-    held_out_places = set(order[:wanted].tolist())
+    order = _shuffled(len(rows), config.seed, len(rows))
+    held_out_places = set(order[:wanted])
     train = [row for place, row in enumerate(rows) if place not in held_out_places]
     held_out = [row for place, row in enumerate(rows) if place in held_out_places]
     return train[: config.max_prompts], held_out
+
+
+def _shuffled(size: int, *seed: int) -> list[int]:
+    """The numbers below `size` in an order that depends on the seed alone."""
+    import numpy as np  # a tenth of a second, and only a run draws
+
+    order: list[int] = np.random.default_rng(seed).permutation(size).tolist()
+    return order
 
 
 def build_prompts(

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.cache import make_prompt_cache
 
+from opd_daemon.arrays import Float32, Int32
 from opd_daemon.distill.logits import IMPOSSIBLE, logsumexp, on_host, top_ids
-from opd_daemon.types import Float32, Int32
 
 if TYPE_CHECKING:
     from opd_daemon.distill.student import Student

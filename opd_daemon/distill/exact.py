@@ -7,9 +7,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from opd_daemon.arrays import Float32
 from opd_daemon.distill.formulas import Pair, jsd, paired
 from opd_daemon.distill.logits import DEVICE, HOST, Arrays, in_tiles, on_host
-from opd_daemon.types import Float32
 
 NAMES = (
     "forward_kl",

@@ -9,13 +9,14 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from opd_daemon.arrays import Int32
 from opd_daemon.distill.batches import pad
 from opd_daemon.distill.logits import entropy, logsumexp
 from opd_daemon.distill.rollouts import Rollout, sample_completions
 from opd_daemon.distill.student import Student
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.trainer import Teacher
-from opd_daemon.types import Int32, ScoreRequest, ScoreWants
+from opd_daemon.types import ScoreRequest, ScoreWants
 
 COMPLETIONS = 4
 STUDENT_TOKENS = 12

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from opd_daemon.types import Float32, Int32
+from opd_daemon.arrays import Float32, Int32
 
 # Stands for the logit of an impossible outcome: exp gives an exact 0, and no arithmetic on it gives NaN as −inf would.
 IMPOSSIBLE = -1e30

@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from opd_daemon.arrays import Float32, Int32
 from opd_daemon.distill.logits import IMPOSSIBLE, in_tiles, logsumexp, on_host
-from opd_daemon.types import Float32, Int32
 
 
 def student_outcomes(logits: mx.array, ids: mx.array, temperature: float = 1.0) -> mx.array:

@@ -13,13 +13,14 @@ import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from opd_daemon.arrays import Float32, Int32
 from opd_daemon.distill.data import Prompt
 from opd_daemon.distill.decoding import Continuation, Sampling, Stopped, decode
 from opd_daemon.distill.files import append_line, write_file
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.failpoints import hit
 from opd_daemon.trainer import Teacher
-from opd_daemon.types import Float32, GenerateRequest, Int32
+from opd_daemon.types import GenerateRequest
 
 if TYPE_CHECKING:
     from opd_daemon.distill.student import Student

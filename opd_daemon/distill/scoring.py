@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from opd_daemon.arrays import Float32, Int32
 from opd_daemon.config import RunConfig
 from opd_daemon.distill.rollouts import Rollout
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.trainer import Teacher, TrainContext
-from opd_daemon.types import CachedScores, Float32, HiddenDtype, Int32, ScoreRequest, Scores, ScoreWants
+from opd_daemon.types import CachedScores, HiddenDtype, ScoreRequest, Scores, ScoreWants
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-from opd_daemon.distill.preflight import check_run
-from opd_daemon.errors import OpdError, Reason
+from opd_daemon.errors import FieldViolation, OpdError, Reason
 from opd_daemon.events import MAX_WATCHERS, EventLog
 from opd_daemon.failpoints import hit
 from opd_daemon.home import Home
@@ -19,17 +20,21 @@ from opd_daemon.paths import AllowedRoots
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.retention import Retention, retain
 from opd_daemon.runs.attempt import Preflight, Teaching
-from opd_daemon.runs.calibration import Calibrations
 from opd_daemon.runs.comparison import Comparisons
 from opd_daemon.runs.manager import RunManager
-from opd_daemon.runs.plans import Planner
+from opd_daemon.runs.plans import PlanRequest
 from opd_daemon.runs.stall import USUAL, StallPolicy
 from opd_daemon.runs.states import LIVE
 from opd_daemon.runs.uploads import Uploads
 from opd_daemon.runs.workers import Workers
 from opd_daemon.store import Store
 from opd_daemon.teacher.service import TeacherService
-from opd_daemon.types import Event, EventKind, Run, TeacherState
+from opd_daemon.types import Event, EventKind, Plan, Run, TeacherState
+
+if TYPE_CHECKING:
+    from opd_daemon.config import RunConfig
+    from opd_daemon.runs.planner import Planner
+    from opd_daemon.trainer import TrainerInfo
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +100,35 @@ class ResidentTeacher:
         await self._events.append(None, [Event(EventKind.TEACHER, "", payload, datetime.now(UTC))])
 
 
+class Outlook:
+    """Checks and plans of runs; both block. What they take of `distill` is imported by the first run."""
+
+    def __init__(self, home: Home, roots: AllowedRoots, teacher: TeacherService) -> None:
+        self._home = home
+        self._roots = roots
+        self._teacher = teacher
+        self._opening = threading.Lock()
+
+    def check(self, config: RunConfig, trainer: TrainerInfo | None) -> list[FieldViolation]:
+        """As `distill.preflight.check_run`."""
+        from opd_daemon.distill.preflight import check_run
+
+        return check_run(config, trainer, self._roots)
+
+    def plan(self, request: PlanRequest) -> Plan:
+        """As `runs.planner.Planner.plan`."""
+        with self._opening:
+            planner = self._planner
+        return planner.plan(request)
+
+    @cached_property
+    def _planner(self) -> Planner:
+        from opd_daemon.runs.calibration import Calibrations
+        from opd_daemon.runs.planner import Planner
+
+        return Planner(Calibrations(self._home.calibration), self._home.root, self._teacher.cache_stats)
+
+
 @dataclass(frozen=True, slots=True)
 class Daemon:
     """Everything the services stand on."""
@@ -125,14 +159,14 @@ class Daemon:
         service = TeacherService(home.teacher_cache, home.digest_memo, cache_limit_bytes=limits.cache_bytes)
         await service.start()
         teacher = ResidentTeacher(service, events)
-        planner = Planner(Calibrations(home.calibration), home.root, service.cache_stats)
+        outlook = Outlook(home, roots, service)
         workers = Workers(home)
         runs = RunManager(
             home=home,
             events=events,
             plugins=plugins,
             workers=workers,
-            preflight=Preflight(partial(check_run, roots=roots), planner.plan),
+            preflight=Preflight(outlook.check, outlook.plan),
             teaching=Teaching(teacher.path, teacher.ensure),
             max_concurrent_runs=limits.concurrent_runs,
             stop_grace=limits.stop_grace_seconds,

@@ -23,7 +23,7 @@ from opd_daemon.runs.manager import RunManager
 from opd_daemon.runs.memory import kills_for_memory, memory_ended
 from opd_daemon.runs.workers import WorkerProcess, Workers, meaning_of_exit
 from opd_daemon.teacher.service import TeacherService
-from opd_daemon.teacher.speculative import Speculated, Speculation, check_draft
+from opd_daemon.teacher.speculation import Speculated, Speculation, check_draft
 from opd_daemon.teacher.tokenizer import TextTokenizer
 from opd_daemon.textstream import TextStream
 from opd_daemon.types import ComparisonRequest, ModelAnswer, ModelSummary, Run

@@ -1,19 +1,13 @@
-"""Plans of runs, with rates measured on this machine where there are some."""
+"""What is asked for a plan of a run, and what is said of one that doesn't fit; `planner` makes them."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from opd_daemon.config import RunConfig
-from opd_daemon.distill.machines import named_machine, this_machine
-from opd_daemon.distill.planning import DiskSpace, RunFacts, plan
 from opd_daemon.errors import OpdError, Reason
-from opd_daemon.runs.calibration import Calibrations
 from opd_daemon.trainer import TrainerInfo
-from opd_daemon.types import CacheStats, Plan
+from opd_daemon.types import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,36 +22,6 @@ class PlanRequest:
     teacher_loaded: bool = False
     machine: str = ""
     measure: bool = False
-
-
-class Planner:
-    """Plans runs; what it measures of this machine is kept. Calls block.
-
-    folder: where runs and the teacher cache are kept. cache: what the cache holds and may hold.
-    """
-
-    def __init__(self, calibrations: Calibrations, folder: Path, cache: Callable[[], CacheStats]) -> None:
-        self._calibrations = calibrations
-        self._folder = folder
-        self._cache = cache
-
-    def plan(self, request: PlanRequest) -> Plan:
-        """The plan of a run that has passed the preflight checks.
-
-        Raises:
-            OpdError: INVALID_REQUEST for an unknown machine; what the checks say if files have changed since.
-        """
-        if request.machine:
-            machine = named_machine(request.machine)
-            return plan(RunFacts.read(request.config, request.trainer, machine, loaded=False))
-        facts = RunFacts.read(
-            request.config, request.trainer, this_machine(), loaded=request.teacher_loaded, disk=self._disk()
-        )
-        return plan(facts, self._calibrations.rates(facts, measure=request.measure))
-
-    def _disk(self) -> DiskSpace:
-        cache = self._cache()
-        return DiskSpace(shutil.disk_usage(self._folder).free, cache.bytes, cache.limit_bytes)
 
 
 def does_not_fit(plan: Plan) -> OpdError:

@@ -8,7 +8,6 @@ a miss.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -18,16 +17,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
-
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
-from safetensors.numpy import save as save_safetensors
+from typing import TYPE_CHECKING, TypeVar
 
 from opd_daemon.failpoints import hit
-from opd_daemon.teacher.payload import Entry
 from opd_daemon.types import CacheStats
+
+if TYPE_CHECKING:
+    from opd_daemon.teacher.payload import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +85,7 @@ class TeacherCache:
         try:
             entry = entry or (self._load(address) if known else None)
             value = decode(entry) if entry else None
-        except (ValueError, SafetensorError) as error:
+        except ValueError as error:
             self._discard_corrupt(address, error)
             value = None
         if entry is None or value is None:
@@ -142,12 +138,14 @@ class TeacherCache:
             raise ValueError("it doesn't start as an entry does")
         if hashlib.sha256(payload).digest() != content[len(MAGIC) : HEADER_BYTES]:
             raise ValueError("its checksum is wrong")
-        return _decode(payload)
+        from opd_daemon.teacher.payload import Entry  # with numpy, which a cache that is only counted does without
+
+        return Entry.decoded(payload)
 
     def _store(self, address: str, entry: Entry) -> None:
         path = self._path(address)
         temporary = path.with_name(f"{address}.{os.getpid()}{TEMPORARY}")
-        payload = _encode(entry)
+        payload = entry.encoded()
         try:
             hit("disk.write")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,20 +205,6 @@ class TeacherCache:
                 evicted=now.evicted + evicted,
                 milliseconds_saved=now.milliseconds_saved + milliseconds_saved,
             )
-
-
-def _encode(entry: Entry) -> bytes:
-    arrays = {name: np.ascontiguousarray(array) for name, array in entry.arrays.items()}
-    return save_safetensors(arrays, {**entry.facts, "milliseconds": repr(float(entry.milliseconds))})
-
-
-def _decode(payload: bytes) -> Entry:
-    length = int.from_bytes(payload[:8], "little")
-    facts = dict(json.loads(payload[8 : 8 + length]).get("__metadata__", {}))
-    milliseconds = float(facts.pop("milliseconds", "nan"))
-    if not milliseconds >= 0:
-        raise ValueError("it doesn't say what it took")
-    return Entry(load_safetensors(payload), milliseconds, facts)
 
 
 def _remove_quietly(file: Path) -> None:

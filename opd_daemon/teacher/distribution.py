@@ -15,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from opd_daemon.types import Float32, Int32, ScoreWants
+from opd_daemon.arrays import Float32, Int32
+from opd_daemon.types import ScoreWants
 
 # Finite, because 0 · −inf would turn the entropy into NaN; entries below EXCLUDED become −inf in results.
 MASKED = -1e30

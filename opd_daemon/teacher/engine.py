@@ -19,8 +19,10 @@ from opd_daemon.errors import OpdError, Reason
 from opd_daemon.teacher.batching import Budget, GenerationItem, RunningBatch, ScoreItem, next_batch
 from opd_daemon.teacher.fair_queue import FairQueue, Item
 from opd_daemon.teacher.generation import Generation
-from opd_daemon.teacher.loading import LoadedModel, free_memory, is_out_of_memory, out_of_memory, wire
+from opd_daemon.teacher.loading import LoadedModel, free_memory, wire
+from opd_daemon.teacher.memory import is_out_of_memory, out_of_memory
 from opd_daemon.teacher.pace import Pace
+from opd_daemon.teacher.refusals import changed, not_loaded, shutting_down
 from opd_daemon.teacher.scoring import score_batch
 from opd_daemon.teacher.tally import WorkTally
 
@@ -73,7 +75,7 @@ class Engine:
         future: Future[T] = Future()
         with self._wake:
             if self._closing:
-                raise _shutting_down()
+                raise shutting_down()
             self._jobs.append((future, job))
             self._wake.notify()
         return future
@@ -139,7 +141,7 @@ class Engine:
         with self._wake:
             # From here on nothing is queued any more for this model.
             self._digest = ""
-        self._fail_all(_changed())
+        self._fail_all(changed())
         self._generation = self._loaded = None
         free_memory()
         wire(0)
@@ -148,9 +150,9 @@ class Engine:
         tokens = sum(item.tokens for item in items)
         with self._wake:
             if self._closing:
-                raise _shutting_down()
+                raise shutting_down()
             if digest != self._digest:
-                raise _changed()
+                raise changed()
             if items:
                 self._require_room(items[0].client, tokens)
             for item in items:
@@ -187,7 +189,7 @@ class Engine:
             logger.critical("the teacher's thread died; the daemon leaves", exc_info=True)
             os._exit(os.EX_SOFTWARE)
         finally:
-            self._fail_all(_shutting_down())
+            self._fail_all(shutting_down())
             for future, _ in self._jobs:
                 _resolve(future, _refuse)
             self._generation = self._loaded = None
@@ -292,11 +294,6 @@ class Engine:
         self._fail_generations(error)
 
 
-def not_loaded() -> OpdError:
-    """The error for work without a teacher."""
-    return OpdError(Reason.TEACHER_NOT_LOADED, "no teacher is loaded; load one with 'opd teacher load MODEL'")
-
-
 def _deliver_all(items: Sequence[ScoreItem], error: OpdError) -> None:
     for item in items:
         item.deliver(error, 0.0)
@@ -307,16 +304,8 @@ def _refuse_expired(items: Sequence[ScoreItem]) -> None:
     _deliver_all(expired, OpdError(Reason.DEADLINE_EXCEEDED, "the deadline passed before the teacher was done"))
 
 
-def _changed() -> OpdError:
-    return OpdError(Reason.TEACHER_CHANGED, "the teacher was unloaded or exchanged; call again")
-
-
-def _shutting_down() -> OpdError:
-    return OpdError(Reason.SHUTTING_DOWN, "the daemon is shutting down")
-
-
 def _refuse() -> NoReturn:
-    raise _shutting_down()
+    raise shutting_down()
 
 
 def _resolve(future: Future[T], job: Callable[[], T]) -> None:

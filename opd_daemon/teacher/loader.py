@@ -17,7 +17,8 @@ from opd_daemon.teacher.digest import DigestMemo
 from opd_daemon.teacher.engine import Engine
 from opd_daemon.teacher.folder import load_failed, open_folder
 from opd_daemon.teacher.known import KnownTeachers
-from opd_daemon.teacher.loading import LoadedModel, check_architecture, check_memory, load, warm
+from opd_daemon.teacher.loading import LoadedModel, check_architecture, load, warm
+from opd_daemon.teacher.memory import check_memory
 from opd_daemon.teacher.tokenizer import TextTokenizer
 from opd_daemon.types import LoadProgress, TeacherInfo
 from opd_daemon.vocabulary import load_vocabulary, vocabulary_digest

@@ -9,23 +9,18 @@ from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
-import psutil
 from mlx.utils import tree_flatten
 
-from opd_daemon.errors import OpdError, Reason
 from opd_daemon.models.folder import ModelFolder
 from opd_daemon.models.host import use_host_activations
 from opd_daemon.models.host_decoder import Decoder, decoder_of
 from opd_daemon.models.split import SplitModel, split
 from opd_daemon.teacher import mlxlm
 from opd_daemon.teacher.folder import load_failed
+from opd_daemon.teacher.memory import is_out_of_memory, out_of_memory
 from opd_daemon.teacher.scoring import score_batch
 from opd_daemon.teacher.sharing import can_share
 from opd_daemon.types import ScoreRequest, ScoreWants
-
-# Activations, KV cache and the allocator's own pool beside the weights.
-WORKING_BYTES = 512 << 20
-OUT_OF_MEMORY_SIGNS = ("malloc", "alloc", "out of memory", "insufficient memory")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,20 +50,6 @@ def check_architecture(folder: ModelFolder) -> None:
         arguments.from_dict(folder.config)
     except (TypeError, ValueError, KeyError) as error:
         raise load_failed(folder.name, f"config.json doesn't describe a {kind} model: {_cause(error)}") from error
-
-
-def check_memory(folder: ModelFolder, freed_bytes: int) -> None:
-    """Raise OUT_OF_MEMORY when the weights can't fit beside what runs already; `freed_bytes` will be given back."""
-    needed = folder.weight_bytes + WORKING_BYTES
-    available = psutil.virtual_memory().available + freed_bytes
-    if needed > available:
-        raise OpdError(
-            Reason.OUT_OF_MEMORY,
-            f"{folder.name}: needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available; "
-            "close other programs or use a quantised or smaller model",
-            needed_bytes=needed,
-            available_bytes=available,
-        )
 
 
 def load(folder: ModelFolder, vocab_size: int, report: Callable[[float], None]) -> LoadedModel:
@@ -112,21 +93,6 @@ def wire(weight_bytes: int) -> None:
     limit = mx.device_info().get("max_recommended_working_set_size") if mx.metal.is_available() else None
     if limit is not None:
         mx.set_wired_limit(min(weight_bytes + (2 << 30), int(limit)) if weight_bytes else 0)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether MLX or Python ran out of memory; MLX only says so in its message."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY_SIGNS)
-    )
-
-
-def out_of_memory(what: str) -> OpdError:
-    """The error for work that memory ran out on."""
-    return OpdError(
-        Reason.OUT_OF_MEMORY, f"{what}: memory ran out; send shorter or fewer sequences, or close other programs"
-    )
 
 
 def _evaluate(model: Any, report: Callable[[float], None]) -> None:

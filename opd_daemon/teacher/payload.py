@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from opd_daemon.types import GeneratedToken, GenerateRequest, HiddenDtype, ScoreRequest, Scores, TeacherInfo
 
@@ -27,6 +29,24 @@ class Entry:
     arrays: dict[str, npt.NDArray[Any]]
     milliseconds: float
     facts: dict[str, str]
+
+    def encoded(self) -> bytes:
+        """As safetensors, the facts in their metadata."""
+        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        return save(arrays, {**self.facts, "milliseconds": repr(float(self.milliseconds))})
+
+    @classmethod
+    def decoded(cls, payload: bytes) -> Self:
+        """The entry again. Raises ValueError for bytes that are none."""
+        length = int.from_bytes(payload[:8], "little")
+        facts = dict(json.loads(payload[8 : 8 + length]).get("__metadata__", {}))
+        milliseconds = float(facts.pop("milliseconds", "nan"))
+        if not milliseconds >= 0:
+            raise ValueError("it doesn't say what it took")
+        try:
+            return cls(load(payload), milliseconds, facts)
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
 
 
 def score_key(info: TeacherInfo, request: ScoreRequest) -> str:

@@ -11,12 +11,13 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from opd_daemon.arrays import Int32
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.teacher import mlxlm
 from opd_daemon.teacher.batching import LENGTH_SLACK, LENGTH_SPREAD
 from opd_daemon.teacher.distribution import Arrays, describe
 from opd_daemon.teacher.sharing import fork, shared_prefix
-from opd_daemon.types import HiddenDtype, Int32, ScoreRequest, Scores, ScoreWants
+from opd_daemon.types import HiddenDtype, ScoreRequest, Scores, ScoreWants
 
 if TYPE_CHECKING:
     from opd_daemon.models.split import SplitModel

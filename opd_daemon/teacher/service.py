@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-
-import mlx.core as mx
+from typing import TYPE_CHECKING
 
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.teacher.cache import TeacherCache
-from opd_daemon.teacher.calls import Call, Desk, completions, scores
 from opd_daemon.teacher.digest import DigestMemo
-from opd_daemon.teacher.engine import Engine, not_loaded
-from opd_daemon.teacher.export import export_head
+from opd_daemon.teacher.folder import load_failed
 from opd_daemon.teacher.known import KnownTeachers
-from opd_daemon.teacher.loader import Loader, Resident
 from opd_daemon.teacher.mailbox import Mailbox
-from opd_daemon.teacher.speculative import Speculated, Speculation, SpeculativeToken, speculate
+from opd_daemon.teacher.refusals import not_loaded, shutting_down
+from opd_daemon.teacher.speculation import Speculated, Speculation, SpeculativeToken
 from opd_daemon.teacher.tally import MemoryUse, WorkTally
 from opd_daemon.teacher.tokenizer import TextTokenizer
-from opd_daemon.teacher.validation import check_generations, check_scores
 from opd_daemon.trainer import TeacherHead
 from opd_daemon.types import (
     CachedScores,
@@ -35,6 +32,12 @@ from opd_daemon.types import (
     TeacherInfo,
     TeacherState,
 )
+
+if TYPE_CHECKING:
+    from opd_daemon.teacher.loader import Report, Resident
+    from opd_daemon.teacher.workroom import Workroom
+
+logger = logging.getLogger(__name__)
 
 FILE_THREADS = 4
 KNOWN_TEACHERS = "teachers.json"
@@ -62,22 +65,27 @@ class TeacherService:
     ) -> None:
         self._files = ThreadPoolExecutor(FILE_THREADS, "teacher-files")
         self._cache = TeacherCache(cache_dir, cache_limit_bytes)
-        self._engine = Engine(
-            token_budget=token_budget, piece=piece, max_queue_tokens=max_queue_tokens, buffer_bytes=buffer_bytes
-        )
-        self._desk = Desk(self._engine, self._cache, self._files)
         self._known = KnownTeachers(digest_memo.with_name(KNOWN_TEACHERS))
-        self._loader = Loader(self._engine, DigestMemo(digest_memo), self._known, self._files)
+        self._digests = DigestMemo(digest_memo)
+        self._limits = {
+            "token_budget": token_budget,
+            "piece": piece,
+            "max_queue_tokens": max_queue_tokens,
+            "buffer_bytes": buffer_bytes,
+        }
+        self._room: Workroom | None = None
+        self._opening = threading.Lock()
+        self._closing = False
+        self._unopened: OpdError | None = None
         self._loading: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the engine and index the cache."""
-        self._engine.start()
+        """Index the cache."""
         await asyncio.to_thread(self._cache.open)
 
     async def close(self) -> None:
         """Stop after the piece in progress and finish writing the cache. Waiting calls fail with SHUTTING_DOWN."""
-        await asyncio.to_thread(self._engine.close)
+        await asyncio.to_thread(self._close_room)
         if self._loading:
             await asyncio.wait([self._loading])
         await asyncio.to_thread(self._cache.close)
@@ -86,35 +94,35 @@ class TeacherService:
     @property
     def state(self) -> TeacherState:
         """UNLOADED, LOADING, READY (also while a load is still checking its files), or FAILED."""
-        if self._loader.resident:
+        if self._resident:
             return TeacherState.READY
         if self._busy():
             return TeacherState.LOADING
-        return TeacherState.FAILED if self._loader.failure else TeacherState.UNLOADED
+        return TeacherState.FAILED if self.failure else TeacherState.UNLOADED
 
     @property
     def info(self) -> TeacherInfo | None:
         """Facts of the teacher while READY."""
-        return self._loader.resident.info if self._loader.resident else None
+        return self._resident.info if self._resident else None
 
     @property
     def queued_tokens(self) -> int:
         """Tokens that wait for the teacher."""
-        return self._engine.queued_tokens
+        return self._room.engine.queued_tokens if self._room else 0
 
     @property
     def work(self) -> WorkTally:
         """What the engine has done since the start."""
-        return self._engine.work
+        return self._room.engine.work if self._room else WorkTally()
 
     def memory(self) -> MemoryUse:
         """What MLX's arrays take."""
-        return MemoryUse(mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory())
+        return self._room.memory() if self._room else MemoryUse()
 
     @property
     def failure(self) -> OpdError | None:
         """Why the last load failed, while FAILED."""
-        return self._loader.failure
+        return self._room.loader.failure if self._room else self._unopened
 
     async def load(self, path_or_hub_id: str) -> AsyncGenerator[LoadProgress, None]:
         """Load a teacher in place of the present one, reporting progress; the last report has the phase ready.
@@ -125,7 +133,7 @@ class TeacherService:
         """
         self._refuse_while_loading()
         mailbox: Mailbox[LoadProgress | OpdError] = Mailbox()
-        self._loading = asyncio.create_task(self._loader.load(path_or_hub_id, mailbox.post))
+        self._loading = asyncio.create_task(self._load(path_or_hub_id, mailbox.post))
         phase = ""
         while phase != "ready":
             report = await mailbox.get()
@@ -137,7 +145,9 @@ class TeacherService:
     async def unload(self) -> None:
         """Free the teacher's memory; calls under way fail with TEACHER_CHANGED. Raises TEACHER_LOADING."""
         self._refuse_while_loading()
-        await self._loader.unload()
+        self._unopened = None
+        if self._room:
+            await self._room.loader.unload()
 
     def meant(self, digest: str = "", tokenizer_digest: str = "") -> TeacherInfo:
         """The teacher a call is for: the one in memory, or one known by its digest, for which the cache answers.
@@ -145,7 +155,8 @@ class TeacherService:
         Empty digests mean whichever is in memory. Raises TEACHER_NOT_LOADED, TEACHER_LOADING, TEACHER_CHANGED or
         TOKENIZER_MISMATCH.
         """
-        known = self._known.find(digest) if digest and digest != self._engine.digest else None
+        resident = self._room.engine.digest if self._room else ""
+        known = self._known.find(digest) if digest and digest != resident else None
         if known is None:
             return self.loaded(digest, tokenizer_digest)
         _check_tokenizer(known, tokenizer_digest)
@@ -165,9 +176,8 @@ class TeacherService:
 
     async def tokenizer(self, info: TeacherInfo) -> TextTokenizer:
         """The tokenizer of a teacher that is meant. Raises TEACHER_NOT_LOADED."""
-        resident = self._loader.resident
-        if resident and resident.info.tokenizer_digest == info.tokenizer_digest:
-            return resident.tokenizer
+        if self._resident and self._resident.info.tokenizer_digest == info.tokenizer_digest:
+            return self._resident.tokenizer
         return await asyncio.get_running_loop().run_in_executor(self._files, self._known.tokenizer, info)
 
     def score(
@@ -191,9 +201,10 @@ class TeacherService:
         SHUTTING_DOWN later.
         """
         info = teacher or self._ready().info
-        check_scores(requests, info)
-        call = Call(self._desk, info, partial(self._absent, info), client, use_cache=use_cache, apart=apart)
-        return scores(call, requests, deadline=deadline)
+        absent = partial(self._absent, info)
+        return self._open().score(
+            requests, info, absent, client=client, use_cache=use_cache, apart=apart, deadline=deadline
+        )
 
     def generate(
         self,
@@ -209,9 +220,8 @@ class TeacherService:
         work. Raises as `score` does.
         """
         info = teacher or self._ready().info
-        check_generations(requests, info)
-        call = Call(self._desk, info, partial(self._absent, info), client, use_cache=use_cache)
-        return completions(call, requests)
+        absent = partial(self._absent, info)
+        return self._open().generate(requests, info, absent, client=client, use_cache=use_cache)
 
     async def speculate(self, job: Speculation) -> AsyncGenerator[SpeculativeToken | Speculated, None]:
         """Answer prompts with a draft model's help, alone on the engine; every token, then what was measured.
@@ -221,7 +231,7 @@ class TeacherService:
         info = self._ready().info
         mailbox: Mailbox[SpeculativeToken | Future[Speculated]] = Mailbox()
         cancelled = threading.Event()
-        work = self._engine.ask(lambda loaded: speculate(loaded, info.eos_token_ids, job, mailbox.post, cancelled))
+        work = self._open().speculate(job, info.eos_token_ids, mailbox.post, cancelled)
         work.add_done_callback(mailbox.post)
         try:
             while not isinstance(item := await mailbox.get(), Future):
@@ -233,18 +243,18 @@ class TeacherService:
 
     async def reset_peak_memory(self) -> None:
         """Begin a new peak of memory."""
-        await asyncio.wrap_future(self._engine.submit(mx.reset_peak_memory))
+        await asyncio.wrap_future(self._open().reset_peak_memory())
 
     async def peak_memory(self) -> int:
         """Most bytes held by MLX since `reset_peak_memory`."""
-        return await asyncio.wrap_future(self._engine.submit(mx.get_peak_memory))
+        return await asyncio.wrap_future(self._open().peak_memory())
 
     async def head(self) -> TeacherHead:
         """The teacher's output head. Raises TEACHER_NOT_LOADED, HIDDEN_NOT_SUPPORTED."""
         info = self._ready().info
         if not info.supports_hidden:
             raise OpdError(Reason.HIDDEN_NOT_SUPPORTED, info.hidden_refusal, teacher=info.name)
-        return await asyncio.wrap_future(self._engine.ask(lambda loaded: export_head(loaded.parts)))
+        return await asyncio.wrap_future(self._open().head())
 
     def cache_stats(self) -> CacheStats:
         """Look-ups since the daemon started, and what is on disk."""
@@ -256,11 +266,49 @@ class TeacherService:
         await asyncio.to_thread(self._cache.prune, limit)
         return self._cache.stats()
 
+    @property
+    def _resident(self) -> Resident | None:
+        return self._room.loader.resident if self._room else None
+
+    def _open(self) -> Workroom:
+        """What computes, on first use: importing MLX takes longer than everything else a daemon starts with.
+
+        Raises:
+            OpdError: SHUTTING_DOWN.
+        """
+        with self._opening:
+            if self._room is None:
+                from opd_daemon.teacher.engine import Engine
+                from opd_daemon.teacher.workroom import Workroom
+
+                if self._closing:
+                    raise shutting_down()
+                engine = Engine(**self._limits)
+                engine.start()
+                self._room = Workroom(engine, self._cache, self._digests, self._known, self._files)
+            return self._room
+
+    def _close_room(self) -> None:
+        with self._opening:
+            self._closing = True
+        if self._room:
+            self._room.engine.close()
+
+    async def _load(self, model: str, report: Report) -> None:
+        """Load, telling `report` every step; the last report is the phase ready, or the error."""
+        try:
+            room = await asyncio.to_thread(self._open)
+        except Exception as error:  # noqa: BLE001 - whatever an installation of MLX lacks, who waits is told
+            self._unopened = error if isinstance(error, OpdError) else _unopened(model, error)
+            report(self._unopened)
+        else:
+            await room.loader.load(model, report)
+
     def _ready(self) -> Resident:
-        if self._loader.resident:
-            return self._loader.resident
+        if self._resident:
+            return self._resident
         self._refuse_while_loading()
-        raise (self._loader.failure or not_loaded()).with_traceback(None)
+        raise (self.failure or not_loaded()).with_traceback(None)
 
     def _absent(self, info: TeacherInfo, missing: int, total: int) -> OpdError:
         """Why a call for a teacher that isn't in memory can't be answered."""
@@ -281,6 +329,11 @@ class TeacherService:
     def _refuse_while_loading(self) -> None:
         if self._busy():
             raise OpdError(Reason.TEACHER_LOADING, "a teacher is being loaded; try again when it is ready")
+
+
+def _unopened(model: str, error: Exception) -> OpdError:
+    logger.error("the teacher's engine can't be started", exc_info=error)
+    return load_failed(model, "the engine can't be started; the daemon's log says why, 'opd doctor' what MLX lacks")
 
 
 def _check_tokenizer(info: TeacherInfo, expected: str) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from opd_daemon.arrays import Int32
 from opd_daemon.models.split import SplitModel
 from opd_daemon.teacher import mlxlm
-from opd_daemon.types import Int32
 
 # With less of the work saved, two forward passes instead of one don't pay.
 WORTH = 1 / 8

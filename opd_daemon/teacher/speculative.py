@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +19,14 @@ from mlx.utils import tree_flatten
 
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.teacher import mlxlm
-from opd_daemon.teacher.folder import load_failed, open_folder
+from opd_daemon.teacher.folder import load_failed
 from opd_daemon.teacher.generation import RealVocabulary
-from opd_daemon.teacher.loading import LoadedModel, check_memory, free_memory, is_out_of_memory, out_of_memory
+from opd_daemon.teacher.loading import LoadedModel, free_memory
+from opd_daemon.teacher.memory import is_out_of_memory, out_of_memory
+from opd_daemon.teacher.speculation import Speculated, Speculation, SpeculativeToken, check_draft
 
 DRAFT_TOKENS = 3
 WARM_UP_TOKENS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Speculation:
-    """What to do. base, adapter: folders of the draft model. prompts: token ids. temperature 0 is greedy.
-
-    masked_token_ids: ids the draft's tokenizer doesn't know, which the teacher is not to say.
-    """
-
-    base: Path
-    adapter: Path
-    prompts: tuple[tuple[int, ...], ...]
-    max_tokens: int
-    temperature: float = 0.0
-    seed: int = 0
-    masked_token_ids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class SpeculativeToken:
-    """One token of one prompt's completion; finish_reason is empty except on the last: "stop" or "length"."""
-
-    prompt_index: int
-    token_id: int
-    finish_reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Speculated:
-    """What was measured over all prompts, whose own time counts. draft_bytes: of the draft model with its adapter."""
-
-    tokens: int
-    seconds: float
-    drafted: int
-    accepted: int
-    draft_bytes: int
-    adapter_bytes: int
-    peak_bytes: int
 
 
 class _Cancelled(Exception):
@@ -171,11 +134,6 @@ class Draft:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
-
-
-def check_draft(base: Path) -> None:
-    """Refuse a draft model that has no room beside what runs already. Raises OUT_OF_MEMORY."""
-    check_memory(open_folder(str(base)), 0)
 
 
 def load_draft(base: Path, adapter: Path) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from opd_daemon.arrays import Int32
 from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
-from opd_daemon.types import GenerateRequest, Int32, ScoreRequest, ScoreWants, TeacherInfo
+from opd_daemon.types import GenerateRequest, ScoreRequest, ScoreWants, TeacherInfo
 
 MAX_SEED = 2**32 - 1
 MOST_ALTERNATIVES = 1024

@@ -12,8 +12,8 @@ import pytest
 from opd_daemon.errors import Reason
 from opd_daemon.types import ScoreRequest, ScoreWants
 from opd_daemon.v1 import teacher_pb2 as pb
+from opd_daemon.wire.arrays import pack
 from opd_daemon.wire.errors import from_rpc_error
-from opd_daemon.wire.teacher import pack
 from tests.bad_inputs.stage import CONTEXT, VOCABULARY, Stage, closing_call, raised, refusal
 
 WITHIN = 250.0  # MB that memory may grow by while nobody reads

@@ -24,7 +24,7 @@ import psutil
 
 from opd_daemon import failpoints
 from opd_daemon.client import Client
-from opd_daemon.errors import OpdError
+from opd_daemon.errors import FieldViolation, OpdError
 from opd_daemon.home import Home
 from opd_daemon.rpc import assembly, server
 from opd_daemon.runs import attempt, workers
@@ -42,9 +42,12 @@ END_SECONDS = 60.0
 Settings = Mapping[str, Any]
 
 
-class StubPlanner:
+class StubOutlook:
     def __init__(self, *_: object) -> None:
-        """Nothing to measure."""
+        """Nothing to check or to measure."""
+
+    def check(self, *_: object) -> list[FieldViolation]:
+        return []
 
     def plan(self, _: object) -> Plan:
         return PLAN
@@ -66,8 +69,7 @@ def serve(home: Path, environment: Mapping[str, str], settings: Settings, *, tea
     assembly.Workers = partial(Workers, command=(sys.executable, "-S", str(WORKER)))  # type: ignore[misc, assignment]
     workers.TERM_SECONDS = 0.5
     attempt.DISK_RETRY_SECONDS = 0.1
-    assembly.check_run = lambda *_, **__: []  # type: ignore[assignment]
-    assembly.Planner = StubPlanner  # type: ignore[misc, assignment]
+    assembly.Outlook = StubOutlook  # type: ignore[misc, assignment]
     if not teacher:
         stub = Teaching(lambda: "/m/teacher", already_loaded)
         assembly.Teaching = lambda *_: stub  # type: ignore[misc, assignment]

@@ -25,7 +25,8 @@ from opd_daemon.models.folder import read_folder
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs import calibration
 from opd_daemon.runs.calibration import Calibrations, key_of
-from opd_daemon.runs.plans import Planner, PlanRequest, does_not_fit
+from opd_daemon.runs.planner import Planner
+from opd_daemon.runs.plans import PlanRequest, does_not_fit
 from opd_daemon.teacher import TeacherService, generation, scoring, sharing
 from opd_daemon.types import CacheStats
 from tests.sparse import write_sparse_model
@@ -179,7 +180,7 @@ def test_the_disk_of_this_machine_is_asked_and_of_another_is_not(
         asked.append(folder)
         return SimpleNamespace(free=1000)
 
-    monkeypatch.setattr("opd_daemon.runs.plans.shutil.disk_usage", usage)
+    monkeypatch.setattr("opd_daemon.runs.planner.shutil.disk_usage", usage)
     plans = planner(tmp_path / "calibration.json")
     found = plans.plan(request_)
     assert not found.fits

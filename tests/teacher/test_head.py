@@ -12,7 +12,7 @@ from opd_daemon.errors import OpdError, Reason
 from opd_daemon.models.split import split
 from opd_daemon.teacher.export import export_head
 from opd_daemon.types import TeacherInfo
-from opd_daemon.wire.teacher import head_facts, head_from_pieces, head_pieces
+from opd_daemon.wire.arrays import head_facts, head_from_pieces, head_pieces
 from tests.families import FAMILIES, FAMILIES_RUN_WHOLE, VOCAB, tiny_family
 
 TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]])

@@ -6,6 +6,7 @@ import asyncio
 import json
 import resource
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -205,6 +206,32 @@ def test_two_loads_at_once_are_one_too_many(home: Home, tiny_teacher: Path) -> N
             service.score([ScoreRequest(random_ids(4), 1)])
         assert refused.value.reason is Reason.TEACHER_LOADING
         assert [report.phase async for report in first][-1] == "ready"
+
+    home.run(work)
+
+
+def test_who_loads_is_told_when_mlx_can_not_be_imported(
+    home: Home, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(service: TeacherService) -> None:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "opd_daemon.teacher.workroom", None)
+            with pytest.raises(OpdError, match="the engine can't be started") as failure:
+                await load_model(service, tiny_teacher)
+            assert failure.value.reason is Reason.TEACHER_LOAD_FAILED
+            assert (service.state, service.failure) == (TeacherState.FAILED, failure.value)
+        await load_model(service, tiny_teacher)
+        assert (service.state, service.failure) == (TeacherState.READY, None)
+
+    home.run(work)
+
+
+def test_nothing_is_loaded_once_the_daemon_goes(home: Home, tiny_teacher: Path) -> None:
+    async def work(service: TeacherService) -> None:
+        await service.close()
+        with pytest.raises(OpdError) as failure:
+            await load_model(service, tiny_teacher)
+        assert failure.value.reason is Reason.SHUTTING_DOWN
 
     home.run(work)
 

@@ -142,7 +142,7 @@ def test_a_draft_without_room_or_with_damage_is_refused_and_the_teacher_stays(
             await answers(service, Speculation(tiny_student, other, PROMPTS, 4))
         assert damaged.value.reason is Reason.TEACHER_LOAD_FAILED
         with monkeypatch.context() as patch:
-            patch.setattr("opd_daemon.teacher.loading.WORKING_BYTES", 1 << 60)
+            patch.setattr("opd_daemon.teacher.memory.WORKING_BYTES", 1 << 60)
             with pytest.raises(OpdError) as full:
                 await answers(service, asked)
         assert full.value.reason is Reason.OUT_OF_MEMORY

@@ -26,7 +26,7 @@ def test_no_more_is_computed_ahead_of_a_reader_than_its_share(
     @asynchronous
     async def scenario() -> None:
         async with Home(tmp_path).teacher(tiny_teacher) as service:
-            engine, queued = service._engine, 0
+            engine, queued = service._open().engine, 0
             take = engine.score
 
             def counted(digest: str, items: Sequence[ScoreItem]) -> None:
