@@ -2,7 +2,7 @@
 
 The CPU build of MLX for Linux carries the reference BLAS: a 512×576×1536 float32 product runs at about 2 GFLOP/s
 instead of more than 100. A real OpenBLAS that is already in the process's global symbol scope takes its place.
-So every package that imports MLX says first: `from opd_daemon import blas; blas.preload()`.
+So every package that imports MLX says first: `from opd_daemon import blas; blas.preload_with_mlx()`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+MLX = "mlx.core"
 CURE = "install OpenBLAS (Debian, Ubuntu: apt-get install libopenblas0-pthread; Fedora, Arch: package openblas)"
 
 # Fedora's plain libopenblas.so.0 is the single-threaded build, so the threaded name comes first.
@@ -31,6 +32,27 @@ KERNELS = {
 CUDA_DISTRIBUTIONS = ("mlx-cuda-12", "mlx-cuda-13")
 
 
+class _BeforeMlx:
+    """Stands first in the line of those who find modules: finds none, but sees MLX coming."""
+
+    def find_spec(self, name: str, _path: object, _target: object = None) -> None:
+        """Load OpenBLAS if MLX is next."""
+        if name == MLX:
+            preload()
+
+
+@cache
+def preload_with_mlx() -> None:
+    """Have `preload` run right before MLX is imported, by whomever; at once when it was. Once is enough.
+
+    Not earlier, as OpenBLAS starts a thread for every core, and they spin before they sleep.
+    """
+    if MLX in sys.modules:
+        preload()
+    else:
+        sys.meta_path.insert(0, _BeforeMlx())
+
+
 @cache
 def preload() -> None:
     """Make OpenBLAS answer MLX's matrix products; a second call does nothing.
@@ -40,7 +62,7 @@ def preload() -> None:
     """
     if sys.platform != "linux" or has_cuda_build() or active():
         return
-    if "mlx.core" in sys.modules:
+    if MLX in sys.modules:
         logger.warning(
             "mlx was imported before opd_daemon, so its slow built-in BLAS stays (about 50 times slower): "
             "import opd_daemon.blas and call preload() first, or set LD_PRELOAD=libopenblas.so.0"

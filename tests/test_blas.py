@@ -41,6 +41,21 @@ def test_preload_is_silent_and_puts_openblas_in_the_global_scope(openblas: None)
 
 
 @linux_only
+@pytest.mark.parametrize("room", ["opd_daemon.distill", "opd_daemon.teacher"])
+def test_openblas_comes_right_before_mlx_and_not_with_the_rooms_that_use_it(openblas: None, room: str) -> None:
+    code = f"import {room}; from opd_daemon import blas; print(blas.active()); import mlx.nn; print(blas.active())"
+    result = run_python(code)
+    assert result.stdout.split() == ["False", "True"]
+    assert result.stderr == ""
+
+
+@linux_only
+def test_a_room_imported_after_mlx_tells_that_it_is_too_late(openblas: None) -> None:
+    result = run_python("import mlx.core, opd_daemon.teacher")
+    assert result.stderr.count("mlx was imported before opd_daemon") == 1
+
+
+@linux_only
 def test_mlx_products_run_on_the_preloaded_library(openblas: None) -> None:
     # OpenBLAS keeps a thread pool and a buffer per call; the sharpest observable is that its own symbol wins lookup.
     result = run_python(

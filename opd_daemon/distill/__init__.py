@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from opd_daemon import blas
 
-blas.preload()
+blas.preload_with_mlx()
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from opd_daemon import blas
 
-blas.preload()
+blas.preload_with_mlx()
 
 from opd_daemon.teacher.service import TeacherService
 
