@@ -20,8 +20,9 @@ DAEMON_PROCESS_BYTES = 134 * MIB
 WORKER_PROCESS_BYTES = 196 * MIB
 
 # Freed buffers that MLX keeps for reuse, at most. What the work of one moment leaves behind seldom suits another's.
+# On a CPU they come from malloc, which costs little, so fewer are worth keeping.
 DAEMON_CACHE_BYTES = GIB
-WORKER_CACHE_BYTES = 2 * GIB
+WORKER_CACHE_BYTES, WORKER_HOST_CACHE_BYTES = 2 * GIB, 256 * MIB
 
 # The daemon scores this many tokens together, in pieces of a sequence, and its head works on so many bytes of logits.
 SCORED_TOKENS = 2048
@@ -116,7 +117,12 @@ def worker_parts(work: Workload, pair: Pair, memory_bytes: int) -> list[Part]:
         parts.append(Part("worker", "weights as stored", pair.stored_bytes, frozenset({"load"})))
     # Completions differ in length, and buffers of one micro-batch don't suit a longer or a shorter one.
     leftovers = STUDENT_LEFTOVERS * decoding + activations
-    return [*parts, _buffers(parts, leftovers, WORKER_CACHE_BYTES)]
+    return [*parts, _buffers(parts, leftovers, worker_cache_bytes(on_host=pair.on_host))]
+
+
+def worker_cache_bytes(*, on_host: bool) -> int:
+    """Most bytes of freed buffers a worker keeps."""
+    return WORKER_HOST_CACHE_BYTES if on_host else WORKER_CACHE_BYTES
 
 
 def activation_bytes(work: Workload, pair: Pair, memory_bytes: int) -> int:

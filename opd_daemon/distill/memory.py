@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import psutil
 
-from opd_daemon.distill.planning import CACHE_BYTES
+from opd_daemon.distill.footprint import worker_cache_bytes
+from opd_daemon.distill.logits import on_host
 
 # Each of these modules imported mlx-lm's function by name, so each name is replaced.
 WIRING_MODULES = ("mlx_lm.utils", "mlx_lm.generate", "mlx_lm.tuner.trainer")
@@ -28,7 +29,7 @@ class MemoryReading:
     peak_bytes: int
 
 
-def limit_memory(limit_bytes: int = 0, cache_bytes: int = CACHE_BYTES) -> None:
+def limit_memory(limit_bytes: int = 0) -> None:
     """Bound MLX's buffer cache and keep mlx-lm from wiring three quarters of the machine's memory.
 
     Without a bound the cache of a training process grows until the machine swaps. Wiring is refused because the
@@ -37,7 +38,7 @@ def limit_memory(limit_bytes: int = 0, cache_bytes: int = CACHE_BYTES) -> None:
     """
     if limit_bytes:
         mx.set_memory_limit(limit_bytes)
-    mx.set_cache_limit(cache_bytes)
+    mx.set_cache_limit(worker_cache_bytes(on_host=on_host()))
     for name in WIRING_MODULES:
         setattr(importlib.import_module(name), WIRING, _leave_wired_limit_alone)
 
@@ -46,7 +47,7 @@ def limit_memory(limit_bytes: int = 0, cache_bytes: int = CACHE_BYTES) -> None:
 def limited_memory(limit_bytes: int = 0) -> Iterator[None]:
     """`limit_memory` for the length of a run; limits and mlx-lm's functions are afterwards as they were before."""
     functions = {name: vars(importlib.import_module(name)).get(WIRING) for name in WIRING_MODULES}
-    cache_limit = mx.set_cache_limit(CACHE_BYTES)
+    cache_limit = mx.set_cache_limit(worker_cache_bytes(on_host=on_host()))
     memory_limit = mx.set_memory_limit(limit_bytes) if limit_bytes else None
     try:
         limit_memory(limit_bytes)

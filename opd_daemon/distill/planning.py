@@ -12,7 +12,6 @@ from opd_daemon.config import LoraConfig, RunConfig
 from opd_daemon.distill.activations import block_bytes, kept_blocks
 from opd_daemon.distill.adapter import read_adapter_config
 from opd_daemon.distill.footprint import (
-    WORKER_CACHE_BYTES,
     WORKER_CHUNK_BYTES,
     WORKER_PROCESS_BYTES,
     Part,
@@ -32,8 +31,7 @@ from opd_daemon.types import Plan, PlannedBytes
 if TYPE_CHECKING:
     from opd_daemon.trainer import TrainerInfo
 
-# What the worker keeps of freed buffers, and the logits it works on at once.
-CACHE_BYTES = WORKER_CACHE_BYTES
+# Logits the worker works on at once.
 CHUNK_BYTES = WORKER_CHUNK_BYTES
 
 # Above this share of the memory there is, other programs and the plan's own error may be too much.

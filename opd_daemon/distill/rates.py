@@ -130,7 +130,9 @@ class MeasuredRates:
 
 def features(kind: Kind, item: Item, pair: Pair) -> list[float]:
     """What the time of a piece of work is linear in: its fixed cost, its layers, tokens, attention and head rows."""
-    layers = pair.teacher.layers if kind in ("score", "write") else pair.student.layers
+    layers: float = pair.teacher.layers if kind in ("score", "write") else pair.student.layers
+    if kind == "learn":  # all forward, and about as long for every adapted one back
+        layers = (layers + pair.adapted) / 2
     if isinstance(item, Update):
         return [1.0, pair.adapter, pair.adapter * item.micro_batches]
     if isinstance(item, Decode):

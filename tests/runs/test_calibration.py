@@ -106,6 +106,14 @@ def test_every_kind_of_work_has_its_features(request_: PlanRequest) -> None:
         assert RATES.seconds(kind, item, pair) >= 0  # type: ignore[arg-type]
 
 
+def test_blocks_without_an_adapter_are_learned_through_one_way_only(request_: PlanRequest) -> None:
+    pair = facts_of(request_).pair
+    half = replace(pair, student=replace(pair.student, layers=8), adapted=4)
+    whole, other = (features("learn", Forward(2, 32, 8), entry) for entry in (replace(half, adapted=8), half))
+    assert [whole[0], whole[-1]] == [other[0], other[-1]]
+    assert other[1:4] == pytest.approx([0.75 * value for value in whole[1:4]])
+
+
 def test_a_machine_is_measured_once_and_never_unasked(
     tmp_path: Path, request_: PlanRequest, measured: list[RunFacts]
 ) -> None:
