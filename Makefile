@@ -18,9 +18,9 @@ GENERATOR := grpcio-tools==1.74.0 mypy-protobuf==5.1.0
 demo: $(VENV)/.installed openblas
 	$(BIN)/opd demo
 
-# Two at a time, each with its share of the cores: most tests wait for processes, not for arithmetic.
+# Three at a time, on one core each: most tests wait for processes, not for arithmetic.
 test: $(VENV)/.installed-dev openblas
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --cov
 
 # The long forms of tests, with the figures that docs/guarantees.md quotes; about an hour.
 soak: $(VENV)/.installed-dev openblas

@@ -21,8 +21,7 @@ WORKER_PROCESS_BYTES = 196 * MIB
 
 # Freed buffers that MLX keeps for reuse, at most. What the work of one moment leaves behind seldom suits another's.
 # On a CPU they come from malloc, which costs little, so fewer are worth keeping.
-DAEMON_CACHE_BYTES = GIB
-WORKER_CACHE_BYTES, WORKER_HOST_CACHE_BYTES = 2 * GIB, 256 * MIB
+DAEMON_CACHE_BYTES, WORKER_CACHE_BYTES, HOST_CACHE_BYTES = GIB, 2 * GIB, 256 * MIB
 
 # The daemon scores this many tokens together, in pieces of a sequence, and its head works on so many bytes of logits.
 SCORED_TOKENS = 2048
@@ -86,7 +85,8 @@ def daemon_parts(work: Workload, pair: Pair) -> list[Part]:
     ]
     if context > SCORED_PIECE:
         parts.append(Part("daemon", "scoring KV", together * context * teacher.kv_bytes(), frozenset({"score"})))
-    return [*parts, _buffers(parts, -(-decoded // JOINING) * decoding, DAEMON_CACHE_BYTES)]
+    kept = HOST_CACHE_BYTES if pair.on_host else DAEMON_CACHE_BYTES
+    return [*parts, _buffers(parts, -(-decoded // JOINING) * decoding, kept)]
 
 
 def worker_parts(work: Workload, pair: Pair, memory_bytes: int) -> list[Part]:
@@ -122,7 +122,7 @@ def worker_parts(work: Workload, pair: Pair, memory_bytes: int) -> list[Part]:
 
 def worker_cache_bytes(*, on_host: bool) -> int:
     """Most bytes of freed buffers a worker keeps."""
-    return WORKER_HOST_CACHE_BYTES if on_host else WORKER_CACHE_BYTES
+    return HOST_CACHE_BYTES if on_host else WORKER_CACHE_BYTES
 
 
 def activation_bytes(work: Workload, pair: Pair, memory_bytes: int) -> int:

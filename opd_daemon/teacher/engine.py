@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# Freed memory that MLX keeps for reuse, at most; on a CPU, where malloc gives new memory fast, less.
+BUFFER_BYTES, HOST_BUFFER_BYTES = 1 << 30, 256 << 20
 # A client with less than this part of the queue may add to it when others have filled it.
 SHARES = 8
 
@@ -37,12 +39,11 @@ SHARES = 8
 class Engine:
     """Public methods may be called from any thread; everything private runs on the engine's own."""
 
-    def __init__(self, *, token_budget: int, piece: int, max_queue_tokens: int, buffer_bytes: int) -> None:
+    def __init__(self, *, token_budget: int, piece: int, max_queue_tokens: int) -> None:
         small = min(token_budget, piece)
         self._budget = Budget(token_budget, contended=max(1, small // 2), small=small)
         self._piece = piece
         self._max_queue_tokens = max_queue_tokens
-        self._buffer_bytes = buffer_bytes
         self._wake = threading.Condition()
         self._jobs: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._scores: FairQueue[ScoreItem] = FairQueue()
@@ -176,7 +177,8 @@ class Engine:
         )
 
     def _run(self) -> None:
-        mx.set_cache_limit(self._buffer_bytes)
+        on_host = mx.default_device() == mx.Device(mx.cpu)
+        mx.set_cache_limit(HOST_BUFFER_BYTES if on_host else BUFFER_BYTES)
         try:
             while work := self._next_work():
                 try:

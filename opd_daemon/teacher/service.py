@@ -48,8 +48,7 @@ class TeacherService:
 
     cache_dir, cache_limit_bytes: answers on disk. digest_memo: file with digests already computed; beside it are kept
     the facts of teachers that were loaded. token_budget: tokens of one forward pass. piece: positions between two
-    chances to cancel or to take turns. max_queue_tokens: tokens that may wait. buffer_bytes: freed memory that MLX may
-    keep for reuse.
+    chances to cancel or to take turns. max_queue_tokens: tokens that may wait.
     """
 
     def __init__(
@@ -61,7 +60,6 @@ class TeacherService:
         token_budget: int = 2048,
         piece: int = 512,
         max_queue_tokens: int = 1 << 20,
-        buffer_bytes: int = 1 << 30,
     ) -> None:
         self._files = ThreadPoolExecutor(FILE_THREADS, "teacher-files")
         self._cache = TeacherCache(cache_dir, cache_limit_bytes)
@@ -71,7 +69,6 @@ class TeacherService:
             "token_budget": token_budget,
             "piece": piece,
             "max_queue_tokens": max_queue_tokens,
-            "buffer_bytes": buffer_bytes,
         }
         self._room: Workroom | None = None
         self._opening = threading.Lock()

@@ -27,7 +27,7 @@ from opd_daemon.runs import calibration
 from opd_daemon.runs.calibration import Calibrations, key_of
 from opd_daemon.runs.planner import Planner
 from opd_daemon.runs.plans import PlanRequest, does_not_fit
-from opd_daemon.teacher import TeacherService, generation, scoring, sharing
+from opd_daemon.teacher import TeacherService, engine, generation, scoring, sharing
 from opd_daemon.types import CacheStats
 from tests.sparse import write_sparse_model
 
@@ -212,7 +212,7 @@ def test_plans_know_the_limits_the_daemon_and_the_worker_keep() -> None:
     limits = inspect.signature(TeacherService).parameters
     assert limits["token_budget"].default == footprint.SCORED_TOKENS
     assert limits["piece"].default == footprint.SCORED_PIECE
-    assert limits["buffer_bytes"].default == footprint.DAEMON_CACHE_BYTES
+    assert (engine.BUFFER_BYTES, engine.HOST_BUFFER_BYTES) == (footprint.DAEMON_CACHE_BYTES, footprint.HOST_CACHE_BYTES)
     assert scoring.CHUNK_BYTES == footprint.DAEMON_CHUNK_BYTES
     assert generation.SEQUENCES_OF_ONE_CLIENT == workload.TEACHER_DECODES
     assert generation.PREFILL_SEQUENCES == footprint.JOINING

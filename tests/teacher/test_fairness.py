@@ -121,7 +121,7 @@ class TestAFullQueue:
     @pytest.fixture
     def engine(self) -> Engine:
         """One whose thread isn't started, so that everything waits, filled by one client."""
-        engine = Engine(token_budget=2048, piece=512, max_queue_tokens=self.LIMIT, buffer_bytes=0)
+        engine = Engine(token_budget=2048, piece=512, max_queue_tokens=self.LIMIT)
         engine._digest = "digest"  # as if a model were loaded
         engine.score("digest", [score_item("flood", self.LIMIT)])
         return engine

@@ -238,7 +238,7 @@ def test_a_call_never_reaches_a_teacher_it_was_not_meant_for(
 def test_a_daemon_whose_teacher_thread_dies_leaves_to_be_started_again() -> None:
     script = """
 from opd_daemon.teacher.engine import Engine
-engine = Engine(token_budget=1, piece=1, max_queue_tokens=1, buffer_bytes=0)
+engine = Engine(token_budget=1, piece=1, max_queue_tokens=1)
 def die():
     raise SystemExit
 engine._next_work = lambda: die
