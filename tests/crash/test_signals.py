@@ -192,7 +192,8 @@ def test_sigterm_during_a_commit_stores_it_whole(daemon: Daemon, tmp_path: Path)
     database.close()
 
 
-def test_a_pause_of_the_whole_process_costs_time_and_nothing_else(daemon: Daemon, tmp_path: Path) -> None:
+@pytest.mark.parametrize("everybody", [False, True], ids=["of the daemon", "of the workers too, as a machine sleeps"])
+def test_a_pause_costs_time_and_nothing_else(daemon: Daemon, tmp_path: Path, everybody: bool) -> None:
     daemon.start()
     with daemon.client() as client:
         run_id = running(client, tmp_path, num_steps=60)
@@ -207,8 +208,14 @@ def test_a_pause_of_the_whole_process_costs_time_and_nothing_else(daemon: Daemon
 
         follower = threading.Thread(target=follow, daemon=True)
         follower.start()
+        asleep = daemon.workers() if everybody else []
+        assert len(asleep) == everybody
+        for process in asleep:
+            process.suspend()
         daemon.signal(signal.SIGSTOP)
         time.sleep(PAUSE_SECONDS)
+        for process in asleep:
+            process.resume()
         daemon.signal(signal.SIGCONT)
         until(lambda: client.run(run_id)[0].state.resting, 120.0, "it ends")
         run = client.run(run_id)[0]
