@@ -22,9 +22,9 @@ demo: $(VENV)/.installed openblas
 test: $(VENV)/.installed-dev openblas
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --cov
 
-# The long forms of tests, with the figures that docs/guarantees.md quotes; about an hour.
+# The long forms of tests, with the figures that docs/guarantees.md quotes; some three hours.
 soak: $(VENV)/.installed-dev openblas
-	OPD_SOAK=1 $(BIN)/python -m pytest --capture=no --timeout 5400 tests/watch/test_model.py tests/crash tests/bad_inputs
+	OPD_SOAK=1 $(BIN)/python -m pytest --capture=no --timeout 5400 tests/watch tests/crash tests/bad_inputs
 	$(BIN)/python bench/watch.py
 	$(BIN)/python bench/overload.py
 
