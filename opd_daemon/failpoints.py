@@ -50,6 +50,7 @@ POINTS: dict[str, str] = {
     "disk.rename": "a file is written under a temporary name",
     "folder.filled": "a folder is complete under a temporary name",
     "folder.moved": "the old folder has made way, the new one is not in its place",
+    "folder.hidden": "a folder that is to go has a hidden name and all its files",
     "folder.placed": "the new folder is in place, the old one is still there",
     "checkpoint.saved": "a checkpoint is in place, those it supersedes are still there",
     "checkpoint.named": "`best/` or `final/` is about to be written",

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from opd_daemon.distill.adapter import CARD, CONFIG, WEIGHTS, adapter_files
-from opd_daemon.distill.files import write_file, write_folder
+from opd_daemon.distill.files import remove_folder, write_file, write_folder
 from opd_daemon.distill.model_card import is_card
 from opd_daemon.distill.peft import PEFT_WEIGHTS
 from opd_daemon.errors import OpdError, Reason
@@ -72,7 +72,7 @@ class Checkpoints:
         write_folder(path, fill)
         hit("checkpoint.saved")
         for old in step_folders(self.folder)[: -self.keep_last]:
-            shutil.rmtree(old)
+            remove_folder(old)
         return path
 
     def save_named(self, name: str, save: Callable[[Path], None]) -> Path:
@@ -85,7 +85,7 @@ class Checkpoints:
         """Delete checkpoints of later steps, broken ones too: a run that goes on from here makes them anew."""
         for path in step_folders(self.folder):
             if int(path.name.removeprefix("step_")) > step:
-                shutil.rmtree(path)
+                remove_folder(path)
 
     def _repair(self) -> None:
         """Finish or undo what a crash left half done: an old folder whose successor never came returns."""

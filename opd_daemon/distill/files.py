@@ -79,6 +79,19 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that nobody ever sees a part of it: what a death leaves has a hidden name.
+
+    Raises:
+        OSError: it can't be taken away; it is as it was.
+    """
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    hit("folder.hidden")
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
 def sync_file(path: Path) -> None:
     """Make what was appended to a log durable; nothing to do where there is none yet. Raises as `write_file` does."""
     try:

@@ -45,6 +45,13 @@ def save_twice(root: Path) -> None:
         checkpoints.save_step(RunProgress(step=1), save)
 
 
+def save_two_and_keep_one(root: Path) -> None:
+    """Two checkpoints, the first of which is deleted for the second."""
+    checkpoints = Checkpoints(root, keep_last=1)
+    for step in (1, 2):
+        checkpoints.save_step(RunProgress(step=step), save)
+
+
 def open_checkpoints(root: Path) -> None:
     Checkpoints(root, keep_last=1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_daemon.distill.checkpoints import latest, read_progress
+from opd_daemon.distill.checkpoints import latest, read_progress, step_folders
 from opd_daemon.failpoints import POINTS, arm, hit
 from opd_daemon.models.folder import read_header
 from opd_daemon.store import Store
@@ -111,6 +111,13 @@ def test_a_folder_whose_successor_did_not_come_returns(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
 
 
+def test_a_checkpoint_that_was_being_deleted_is_gone(tmp_path: Path) -> None:
+    die_at("folder.hidden", jobs.save_two_and_keep_one, tmp_path)
+    assert [path.name for path in step_folders(tmp_path)] == ["step_000002"]
+    jobs.open_checkpoints(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
+
+
 def test_a_compaction_cut_short_forgets_nothing(tmp_path: Path) -> None:
     jobs.fill_store(tmp_path)
     die_at("store.compact", jobs.compact, tmp_path)
@@ -154,6 +161,7 @@ def test_an_answer_is_in_the_cache_whole_or_not_at_all(tmp_path: Path, point: st
 
 IN_JOBS = {
     "folder.moved",
+    "folder.hidden",
     "store.compact",
     "journal.append",
     "rollouts.append",

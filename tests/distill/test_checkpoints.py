@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from opd_daemon.distill.checkpoints import (
     copy_adapter,
     latest,
     read_progress,
+    step_folders,
 )
 from opd_daemon.errors import OpdError, Reason
 
@@ -107,6 +109,29 @@ def test_a_crash_between_two_renames_is_repaired(tmp_path: Path) -> None:
     (tmp_path / ".best.123").mkdir()
     Checkpoints(tmp_path, 1)
     assert names(tmp_path) == ["best"]
+
+
+def test_death_while_an_old_checkpoint_is_deleted_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Death(BaseException): ...
+
+    def dies(path: Path, **_: object) -> None:
+        if path.exists():
+            (path / STATE).unlink()
+            raise Death
+
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    checkpoints.save_step(RunProgress(step=1), save)
+    monkeypatch.setattr(shutil, "rmtree", dies)
+    with pytest.raises(Death):
+        checkpoints.save_step(RunProgress(step=2), save)
+    with pytest.raises(Death):
+        checkpoints.forget_after(0)
+    monkeypatch.undo()
+    assert step_folders(tmp_path) == []
+    Checkpoints(tmp_path, keep_last=1)
+    assert names(tmp_path) == []
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
