@@ -1,11 +1,13 @@
 """Every call of the contract with requests that are a little or very wrong: a reason each time, nothing else happens.
 
-`OPD_SOAK=1` sends 100 000; the figures are printed. A request that once broke something is kept in `REGRESSIONS`.
+`OPD_SOAK=1` sends 100 000, or `OPD_SOAK_REQUESTS`; the figures are printed. A request that once broke something is kept
+in `REGRESSIONS`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import re
 import time
@@ -28,7 +30,7 @@ from tests.bad_inputs.soak import SOAK, show
 from tests.bad_inputs.stage import Stage, raised
 
 SEED = 20261126
-REQUESTS = 100_000 if SOAK else 2_000
+REQUESTS = int(os.environ.get("OPD_SOAK_REQUESTS", "100000")) if SOAK else 2_000
 FRAMES = 5_000 if SOAK else 150
 AT_ONCE = 16
 BATCH = 400
