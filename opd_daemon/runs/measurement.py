@@ -65,21 +65,20 @@ HASHED_BYTES = 1 << 25
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Sequences of `prompt` and `tokens` tokens, trained on together. writes: the teacher writes as much too."""
+    """Sequences of `prompt` and `tokens` tokens, sampled, written by the teacher too, and trained on together."""
 
     sequences: int
     prompt: int
     tokens: int
-    writes: bool = False
 
 
 # The largest first: what follows reuses its memory, as in a run every step does.
 POINTS = (
-    Point(8, 64, 8, writes=True),
-    Point(24, 16, 8, writes=True),
-    Point(4, 16, 20, writes=True),
-    Point(2, 64, 4, writes=True),
-    Point(2, 16, 16, writes=True),
+    Point(8, 64, 8),
+    Point(24, 16, 8),
+    Point(4, 16, 20),
+    Point(2, 64, 4),
+    Point(2, 16, 16),
 )
 
 
@@ -242,11 +241,9 @@ class Measurer:
             learning = clock()
             step.accumulate(backward(context, batch))
             found.append(("learn", Forward(batch.tokens.shape[0], batch.tokens.shape[1], rows), clock() - learning))
-        if point.writes:
-            writing = clock()
-            teacher_completions(context.teacher, prompts, max_tokens=point.tokens, temperature=1.0, seed=1)
-            found.append(("write", decode, clock() - writing))
-        return found
+        writing = clock()
+        teacher_completions(context.teacher, prompts, max_tokens=point.tokens, temperature=1.0, seed=1)
+        return [*found, ("write", decode, clock() - writing)]
 
     def _compare(self, context: TrainContext, point: Point) -> None:
         """Compare the models on made-up completions, once what the teacher says of them is at hand."""
