@@ -22,6 +22,8 @@ FILE_BYTES = 10 << 20
 OLD_FILES = 5
 LAYOUT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 FIELDS = ("levelname", "name", "message", "request_id", "run_id")
+# grpcio's logger, and how its record of a write that nobody was there for begins.
+GRPC, DEPARTURE = "grpc._cython.cygrpc", "ExecuteBatchError raised in core"
 
 # Of the call and the run that the present task works for; empty for none.
 request_id: ContextVar[str] = ContextVar("request_id", default="")
@@ -33,6 +35,7 @@ def log_to_stderr(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter(LAYOUT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger(GRPC).addFilter(_is_no_departure)
 
 
 def log_to_file(folder: Path) -> logging.Handler:
@@ -75,6 +78,11 @@ def _one_line(record: logging.LogRecord) -> logging.LogRecord:
     line = logging.makeLogRecord(record.__dict__)
     line.msg, line.args = escaped(record.getMessage()), None
     return line
+
+
+def _is_no_departure(record: logging.LogRecord) -> bool:
+    """Whether it is more than a client that left while its answer was written, for which grpcio prints a traceback."""
+    return not record.getMessage().startswith(DEPARTURE)
 
 
 def _with_context(record: logging.LogRecord) -> bool:

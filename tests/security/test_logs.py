@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,3 +138,14 @@ def test_no_token_is_logged(local: LocalDaemon) -> None:
     assert events(local)
     for file in local.home.logs.iterdir():
         assert find_endpoint(local.home).token not in file.read_text()
+
+
+def test_a_client_that_leaves_during_a_write_is_no_fault_of_ours() -> None:
+    script = (
+        "import logging; from opd_daemon.logs import log_to_stderr; log_to_stderr('info')\n"
+        "for text in ('ExecuteBatchError raised in core by servicer method [/x]', 'Unexpected fault'):\n"
+        "    logging.getLogger('grpc._cython.cygrpc').error(text)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    (line,) = said.stderr.splitlines()
+    assert line.endswith("Unexpected fault")
