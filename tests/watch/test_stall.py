@@ -59,7 +59,7 @@ def revisions(client: Client, last: int, found: list[int]) -> None:
                 return
 
 
-@pytest.mark.timeout(STALL_SECONDS + 300)
+@pytest.mark.timeout(3 * STALL_SECONDS + 300)
 def test_a_stalled_reader_costs_nobody_anything(daemon: LocalDaemon, tmp_path: Path) -> None:
     missing, count = tmp_path / "home" / "missing", int(STALL_SECONDS * EVENTS_PER_SECOND)
     with daemon.client() as client, daemon.client() as slow, daemon.client() as other:
