@@ -20,22 +20,6 @@ from pathlib import Path
 import psutil
 
 AIM_SECONDS = 1.0
-# What no daemon needs before a model is loaded, a report drawn or a page asked for.
-HEAVY = (
-    "huggingface_hub",
-    "jinja2",
-    "matplotlib",
-    "mlx.core",
-    "mlx_lm",
-    "numpy",
-    "prometheus_client",
-    "safetensors",
-    "scipy",
-    "starlette",
-    "tokenizers",
-    "transformers",
-    "uvicorn",
-)
 
 
 @dataclass(frozen=True)
@@ -58,12 +42,10 @@ def main() -> None:
         empty = least([script("pass", environment) for _ in range(rounds + 1)])
         grpc = least([script("import grpc", environment) for _ in range(rounds + 1)])
         serving = least([serve(environment) for _ in range(rounds + 1)])
-        heavy = imported(environment)
     print(f"{'':24}  CPU s  clock s")
     for name, cost in (("python -c pass", empty), ("python -c 'import grpc'", grpc), ("opd serve, serving", serving)):
         print(f"{name:24}  {cost.cpu:5.2f}  {cost.clock:7.2f}")
     print(f"opd serve / import grpc: {serving.cpu / grpc.cpu:.1f} × CPU (aim: under {AIM_SECONDS:.0f} s on the clock)")
-    print(f"heavy modules imported: {', '.join(heavy) or 'none'}")
 
 
 def least(costs: list[Cost]) -> Cost:
@@ -95,18 +77,6 @@ def serve(environment: dict[str, str]) -> Cost:
             times = psutil.Process(daemon.pid).cpu_times()
             daemon.stdin.close()
         return Cost(times.user + times.system, clock)
-
-
-def imported(environment: dict[str, str]) -> list[str]:
-    """Which heavy modules a daemon has imported when it begins to serve."""
-    code = (
-        "import sys, opd_daemon.cli.main, opd_daemon.rpc.server\n"
-        "from opd_daemon.plugins import PluginRegistry\n"
-        "PluginRegistry.discover()\n"
-        "print(*sys.modules)"
-    )
-    said = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
-    return [name for name in HEAVY if name in said.stdout.split()]
 
 
 if __name__ == "__main__":
