@@ -311,22 +311,22 @@ def _evaluation(config: RunConfig, lengths: Lengths) -> list[Task]:
     batches = -(-count // config.batch_size)
     size = count / batches
     width = _padded(prompt + tokens)
-    scored = Forward(size, _computed(read + tokens, lengths.held_out_shared, size), size * tokens)
     compared = Forward(size, width, size * tokens)
+
+    def scored(sequences: float) -> Forward:
+        length = _computed(read + tokens, lengths.held_out_shared, sequences)
+        return Forward(sequences, length, sequences * tokens)
+
     tasks = [
         Task("evaluate", "write", Decode(together, read, tokens, together), count / together),
         # From the second time on the cache has the answers.
-        Task("evaluate", "score", scored, batches if config.use_cache else batches * times),
+        Task("evaluate", "score", scored(size), batches if config.use_cache else batches * times),
         Task("evaluate", "compare", compared, batches * times),
         Task("evaluate", "sample", Decode(min(SHOWN_ANSWERS, count), prompt, tokens, min(SHOWN_ANSWERS, count)), 2),
     ]
     checked = min(CHECKED, count)
     tasks += [
-        Task(
-            "evaluate",
-            "score",
-            Forward(checked, _computed(read + tokens, lengths.held_out_shared, checked), checked * tokens),
-        ),
+        Task("evaluate", "score", scored(checked)),
         Task("evaluate", "sample", Decode(checked, prompt, min(tokens, CHECKED_TOKENS), checked)),
     ]
     if own := own_samples(config, lengths):
@@ -334,12 +334,7 @@ def _evaluation(config: RunConfig, lengths: Lengths) -> list[Task]:
         size = own / batches
         tasks += [
             Task("evaluate", "sample", Decode(own, prompt, tokens, own), times),
-            Task(
-                "evaluate",
-                "score",
-                Forward(size, _computed(read + tokens, lengths.held_out_shared, size), size * tokens),
-                batches * times,
-            ),
+            Task("evaluate", "score", scored(size), batches * times),
             Task("evaluate", "compare", Forward(size, width, size * tokens), batches * times),
         ]
     return tasks
