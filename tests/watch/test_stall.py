@@ -68,7 +68,7 @@ def test_a_stalled_reader_costs_nobody_anything(daemon: LocalDaemon, tmp_path: P
         stalled = iter(stub.WatchEvents(run_pb2.WatchEventsRequest(after_revision=0)))
         next(stalled)
         seen: list[int] = []
-        reader = threading.Thread(target=revisions, args=(other, WARM + count, seen))
+        reader = threading.Thread(target=revisions, args=(other, WARM + count, seen), daemon=True)
         reader.start()
         process = psutil.Process(daemon.pid)
         before = process.memory_info().rss
