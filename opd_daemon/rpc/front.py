@@ -1,4 +1,4 @@
-"""The gRPC server: bound to its addresses, with every service, and open again should it die."""
+"""The gRPC server: bound to its addresses, with every service."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from opd_daemon.addresses import split_address
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.home import Home
 from opd_daemon.paths import AllowedRoots
 from opd_daemon.rpc.assembly import Daemon
 from opd_daemon.rpc.catalog_service import CatalogServicer
+from opd_daemon.rpc.core_server import core_server
 from opd_daemon.rpc.listening import Listener
 from opd_daemon.rpc.run_service import RunServicer
 from opd_daemon.rpc.teacher_service import TeacherServicer
@@ -43,6 +42,8 @@ MAX_REQUEST_BYTES = 64 << 20
 MAX_SOCKET_PATH = 103
 # In a gRPC address these part a list, escape, or begin a query or a fragment.
 READ_OTHERWISE = frozenset(",%?#")
+# How long a server may be dead before it is noticed.
+ALIVE_SECONDS = 1.0
 
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -60,10 +61,7 @@ TEACHER = teacher_pb2.DESCRIPTOR.services_by_name["TeacherService"].full_name
 
 
 class Front:
-    """The gRPC server. One that dies is replaced by another at the same places, with the same tokens and services.
-
-    grpcio decodes the path of a call in the loop that accepts all calls: bytes that are not UTF-8, from anyone who can
-    connect, end that loop and the server with it. socket, port, listening: where it is bound, once it is open.
+    """The gRPC server. socket, port, listening: where it is bound, once it is open.
 
     Health is that of the daemon, and under the teacher service's name that of the teacher: serving while it is READY.
     """
@@ -93,7 +91,7 @@ class Front:
     async def open(self) -> None:
         """Bind and start. Raises INVALID_REQUEST when that can't be done."""
         self.socket.unlink(missing_ok=True)
-        self.server = grpc.aio.server(options=OPTIONS, interceptors=self._interceptors)
+        self.server = core_server(OPTIONS, self._interceptors)
         self.serving = _add_services(self.server, self.daemon, self._roots)
         # It would say SERVING by itself, before workers can start.
         await self.serving.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -101,21 +99,18 @@ class Front:
         self.port = _bind(self.server, self.socket, self.port)
         if self._listener:
             self.listening = self._listener.bind(self.server)
-            self._listener = replace(self._listener, port=split_address(self.listening)[1])
         await self.server.start()
         self.socket.chmod(0o600)
 
-    async def keep_open(self) -> None:
-        """Open again whenever the server has died; until cancelled."""
+    async def died(self) -> None:
+        """Return once the server has ended by itself, which grpcio tells only to those who ask; until cancelled."""
         while True:
             # A task of its own: cancelling the wait itself would cancel the server's stop as well.
-            ended = asyncio.create_task(self.server.wait_for_termination())
+            ended = asyncio.create_task(self.server.wait_for_termination(ALIVE_SECONDS))
             await asyncio.wait({ended})
-            if ended.exception() is None:
+            if fault := ended.exception():
+                log.critical("the gRPC server died: %s: %s", type(fault).__name__, fault)
                 return
-            log.error("the gRPC server died of a call it could not read; another takes its place")
-            await self.open()
-            await self.serving.set("", health_pb2.HealthCheckResponse.SERVING)
 
     def _heard(self, events: Sequence[Event]) -> None:
         if any(event.kind is EventKind.TEACHER for event in events):

@@ -81,11 +81,10 @@ def serve(settings: ServeSettings) -> int:
     os.environ["OPD_HOME"] = str(settings.home.root)  # for plugins, which know the home by this name
     with _only_daemon(settings.home):
         log_to_file(settings.home.logs)
-        asyncio.run(_serve(settings))
-    return 0
+        return asyncio.run(_serve(settings))
 
 
-async def _serve(settings: ServeSettings) -> None:
+async def _serve(settings: ServeSettings) -> int:
     stop = asyncio.Event()
     _watch_for_stop(stop, settings.until_stdin_closes)
     token = kept_token(settings.token_file) if settings.token_file else secrets.token_urlsafe(32)
@@ -110,7 +109,8 @@ async def _serve(settings: ServeSettings) -> None:
         ):
             daemon.begin(address)
             await front.serving.set("", health_pb2.HealthCheckResponse.SERVING)
-            kept = asyncio.create_task(front.keep_open())
+            died = asyncio.create_task(front.died())
+            died.add_done_callback(lambda _: stop.set())
             sys.stdout.write(f"opd {opd_daemon.__version__} serves {settings.home.root} at {address}\n")
             sys.stdout.flush()
             preload = asyncio.create_task(daemon.preload(settings.teacher_path)) if settings.teacher_path else None
@@ -118,11 +118,14 @@ async def _serve(settings: ServeSettings) -> None:
             log.info("stopping")
             if preload:
                 preload.cancel()
-            kept.cancel()
+            failed = died.done()
+            died.cancel()
             await front.serving.enter_graceful_shutdown()
             hit("drain.health")
             await daemon.end(settings.stop_grace_seconds)
-            await front.server.stop(RPC_GRACE_SECONDS)
+            if not failed:
+                await front.server.stop(RPC_GRACE_SECONDS)
+    return int(failed)
 
 
 @contextlib.asynccontextmanager

@@ -6,6 +6,7 @@ import contextlib
 import re
 import socket
 import struct
+import time
 from collections.abc import Iterator, Sequence
 
 DATA, HEADERS, RESET, SETTINGS, PING, GO_AWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
@@ -61,11 +62,16 @@ def connected(port: int, seconds: float = 5.0) -> Iterator[socket.socket]:
         yield connection
 
 
-def answer(port: int, data: bytes, seconds: float = 5.0) -> bytes:
-    """All that comes back until the other side closes, a call ends, or nothing comes any more."""
+def answer(port: int, data: bytes, seconds: float = 5.0, pause: tuple[int, float] = (0, 0.0)) -> bytes:
+    """All that comes back until the other side closes, a call ends, or nothing comes any more.
+
+    pause: after how many bytes the client stops, and for how many seconds.
+    """
     received = b""
     with connected(port, seconds) as connection, contextlib.suppress(OSError):
-        connection.sendall(data)
+        connection.sendall(data[: pause[0]])
+        time.sleep(pause[1])
+        connection.sendall(data[pause[0] :])
         while piece := connection.recv(65536):
             received += piece
             if STATUS.search(received):
