@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -24,6 +25,16 @@ def limits() -> tuple[int, int]:
     return cache, memory
 
 
+@pytest.fixture
+def other_limits() -> Iterator[None]:
+    """Limits that no run sets."""
+    cache, memory = mx.set_cache_limit(1 << 27), mx.set_memory_limit(1 << 39)
+    yield
+    mx.set_cache_limit(cache)
+    mx.set_memory_limit(memory)
+
+
+@pytest.mark.usefixtures("other_limits")
 def test_a_run_leaves_limits_and_mlx_lm_as_they_were() -> None:
     before, functions = limits(), wiring()
     with pytest.raises(ValueError, match="stop"), limited_memory(1 << 33):  # noqa: PT012
