@@ -46,6 +46,7 @@ bench: $(VENV)/.installed-dev openblas
 	$(BIN)/python bench/serving.py
 	$(BIN)/python bench/exact_loss.py
 	$(BIN)/python bench/student_step.py
+	$(BIN)/python bench/decoding.py
 	$(BIN)/python bench/rollouts.py
 	$(BIN)/python bench/prompt_reuse.py
 	$(BIN)/python bench/exact_rpc.py

@@ -10,6 +10,7 @@ What a model computes is not asked of its class but proved on a probe; one that 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -17,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from mlx import nn
 
+from opd_daemon.models.hands import Hands
 from opd_daemon.models.host import swiglu
 from opd_daemon.models.split import OutputHead, SplitModel
 
 Array = npt.NDArray[np.float32]
 Places = npt.NDArray[np.int64]
+Turns = tuple[Array, Array]
 Decoder = Callable[[mx.array, Sequence[Any]], mx.array]
 
 # From here on MLX's products are as fast.
@@ -59,14 +62,16 @@ class HostDecoder:
 
     def __init__(self, model: Any, parts: SplitModel, plain: Decoder) -> None:
         outer = getattr(model, "language_model", model)
-        self._embedding, self._norm = outer.model.embed_tokens, outer.model.norm
-        rotary = _Rotary(model.layers[0].self_attn.rope)
-        self._layers = tuple(_Layer(layer, rotary) for layer in model.layers)
+        hands = Hands()
+        self._embedding, self._norm = outer.model.embed_tokens, _Norm(outer.model.norm)
+        self._layers = tuple(_Layer(layer, hands) for layer in model.layers)
+        self._rotary = _Rotary(model.layers[0].self_attn.rope, self._layers[0].width // 2)
         self._head: Any = parts.head
         self._plain = plain
         self._caches = _cache_kinds()
         if not isinstance(parts.head, OutputHead) or type(self._embedding) is not nn.Embedding:
             raise TypeError("its embedding or its head is of another kind")
+        self._products = _Products(hands, parts.head.layer) if _plain_head(parts.head) else None
         if any(type(entry) is not self._caches[0] for entry in _new_cache(model)):
             raise TypeError("it keeps something else than keys and values, or not all of them")
 
@@ -76,54 +81,60 @@ class HostDecoder:
         if length != 1 or rows > MOST_ROWS or not all(type(entry) in self._caches for entry in cache):
             return self._plain(tokens, cache)
         states = np.ascontiguousarray(_view(self._embedding.weight)[np.asarray(tokens)[:, 0]].T)
-        places = np.broadcast_to(np.asarray(cache[0].offset), (rows,)).astype(np.int64)
+        turns = self._rotary.at(np.broadcast_to(np.asarray(cache[0].offset), (rows,)).astype(np.int64))
         padding = np.asarray(cache[0].left_padding) if hasattr(cache[0], "left_padding") else None
+        if padding is not None and not padding.any():
+            padding = None
         for layer, entry in zip(self._layers, cache, strict=True):
-            states = layer.step(states, entry, places, padding)
-        return self._logits(_normed(states, self._norm))[:, None]
+            states = layer.step(states, entry, turns, padding)
+        return self._logits(self._norm(states))[:, None]
 
     def _logits(self, states: Array) -> mx.array:
-        layer = self._head.layer
-        if type(layer) not in {nn.Linear, nn.Embedding} or "bias" in layer or not self._head.plain:
+        if self._products is None:
             logits: mx.array = self._head(mx.array(np.ascontiguousarray(states.T)))
             return logits
-        return mx.array(np.ascontiguousarray((_view(layer.weight) @ states).T))
+        return mx.array(np.ascontiguousarray(self._products(states).T))
 
 
 class _Layer:
     """One block of the model. States are columns, (D, B): so every product has the weights on its left."""
 
-    def __init__(self, block: Any, rotary: _Rotary) -> None:
+    def __init__(self, block: Any, hands: Hands) -> None:
         attention, mlp = block.self_attn, block.mlp
-        self._norms = block.input_layernorm, block.post_attention_layernorm
-        self._queries, self._keys, self._values, self._out = (
-            _Product(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        )
-        self._head_norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self._norms = _Norm(block.input_layernorm), _Norm(block.post_attention_layernorm)
+        self._inputs = _Products(hands, attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = _Products(hands, attention.o_proj)
+        self._gate_and_up, self._down = _Products(hands, mlp.gate_proj, mlp.up_proj), _Products(hands, mlp.down_proj)
+        norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self._head_norms = tuple(None if norm is None else _Norm(norm) for norm in norms)
         self._heads, self._pairs = attention.n_heads, attention.n_kv_heads
         self._scale = np.float32(attention.scale)
-        self._rotary = rotary
-        self._gate, self._up, self._down = (_Product(layer) for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.width = self._inputs.sizes[0] // self._heads
 
-    def step(self, states: Array, cache: Any, places: Places, padding: Places | None) -> Array:
-        """States (D, B) of tokens at `places` (B,) behind the block; their keys and values join the cache."""
-        states = states + self._attend(_normed(states, self._norms[0]), cache, places, padding)
-        normed = _normed(states, self._norms[1])
-        gates = self._gate(normed)
-        swiglu(gates, self._up(normed), gates)
+    def step(self, states: Array, cache: Any, turns: Turns, padding: Places | None) -> Array:
+        """States (D, B) behind the block; keys and values join the cache. turns: of their positions."""
+        states = states + self._attend(self._norms[0](states), cache, turns, padding)
+        both = self._gate_and_up(self._norms[1](states))
+        gates, ups = both[: len(both) // 2], both[len(both) // 2 :]
+        swiglu(gates, ups, gates)
         states += self._down(gates)
         return states
 
-    def _attend(self, normed: Array, cache: Any, places: Places, padding: Places | None) -> Array:
+    def _attend(self, normed: Array, cache: Any, turns: Turns, padding: Places | None) -> Array:
         rows = normed.shape[1]
-        queries = self._turned(self._queries(normed), self._heads, self._head_norms[0], places)
-        keys = self._turned(self._keys(normed), self._pairs, self._head_norms[1], places)
-        values = self._values(normed).T.reshape(rows, self._pairs, -1)
-        seen = cache.update_and_fetch(*(mx.array(np.ascontiguousarray(part[:, :, None])) for part in (keys, values)))
-        known, said = (_view(part) for part in seen)
-        scores = queries.reshape(rows, self._pairs, -1, queries.shape[-1]) @ known.swapaxes(-1, -2)
+        vectors = self._inputs(normed).reshape(-1, self.width, rows)
+        turning = self._heads + self._pairs
+        queries, keys, values = vectors[: self._heads], vectors[self._heads : turning], vectors[turning:]
+        for part, norm in zip((queries, keys), self._head_norms, strict=True):
+            if norm is not None:
+                part[:] = norm(part)
+        _turn(vectors[:turning], turns)
+        new = (mx.array(np.ascontiguousarray(part.transpose(2, 0, 1)[:, :, None])) for part in (keys, values))
+        known, said = (_view(part) for part in cache.update_and_fetch(*new))
+        asked = np.ascontiguousarray(queries.transpose(2, 0, 1)).reshape(rows, self._pairs, -1, self.width)
+        scores = asked @ known.swapaxes(-1, -2)
         scores *= self._scale
-        if padding is not None and padding.any():
+        if padding is not None:
             hidden = np.arange(known.shape[2]) < padding[:, None]
             scores[np.broadcast_to(hidden[:, None, None], scores.shape)] = -np.inf
         scores -= scores.max(axis=-1, keepdims=True)
@@ -131,66 +142,122 @@ class _Layer:
         scores /= scores.sum(axis=-1, keepdims=True)
         return self._out(np.ascontiguousarray((scores @ said).reshape(rows, -1).T))
 
-    def _turned(self, columns: Array, heads: int, norm: Any, places: Places) -> Array:
-        """Columns (H·D, B) as vectors (B, H, D), normed where the model does that, turned to their places."""
-        parted = columns.reshape(heads, -1, columns.shape[1])
-        if norm is not None:
-            parted = _normed(parted, norm)
-        return self._rotary.turn(np.ascontiguousarray(parted.transpose(2, 0, 1)), places)
-
 
 class _Rotary:
     """Rotations by position, read off the model's own module: what it makes of (1, 0) is (cos, sin)."""
 
-    def __init__(self, rope: Any) -> None:
-        self._rope = rope
-        self._cosines: Array = np.zeros((0, 0), np.float32)
+    def __init__(self, rope: Any, half: int) -> None:
+        self._rope, self._half = rope, half
+        self._cosines: Array = np.zeros((0, half), np.float32)
         self._sines = self._cosines
 
-    def turn(self, vectors: Array, places: Places) -> Array:
-        """Vectors (B, H, D) of positions (B,), turned."""
-        half = vectors.shape[-1] // 2
+    def at(self, places: Places) -> Turns:
+        """Cosines and sines of positions (B,), each (half a head's width, B)."""
         if len(self._cosines) <= places.max():
-            self._extend(2 * int(places.max()) + 64, half)
-        cosines, sines = self._cosines[places, None], self._sines[places, None]
-        first, second = vectors[..., :half], vectors[..., half:]
-        return np.concatenate([first * cosines - second * sines, first * sines + second * cosines], axis=-1)
+            self._extend(2 * int(places.max()) + 64)
+        return np.ascontiguousarray(self._cosines[places].T), np.ascontiguousarray(self._sines[places].T)
 
-    def _extend(self, length: int, half: int) -> None:
-        unit = mx.concatenate([mx.ones((1, 1, length, half)), mx.zeros((1, 1, length, half))], axis=-1)
-        turned = np.array(self._rope(unit))[0, 0]
-        self._cosines, self._sines = turned[:, :half], turned[:, half:]
+    def _extend(self, length: int) -> None:
+        shape = 1, 1, length, self._half
+        turned = np.array(self._rope(mx.concatenate([mx.ones(shape), mx.zeros(shape)], axis=-1)))[0, 0]
+        self._cosines, self._sines = turned[:, : self._half], turned[:, self._half :]
 
 
-class _Product:
-    """A linear layer, with a LoRA on it or without."""
+class _Products:
+    """Linear layers of one input, each with a LoRA on it or without.
 
-    def __init__(self, layer: Any) -> None:
-        self._lora = layer if "lora_a" in layer and "m" not in layer else None
-        self._linear = layer if self._lora is None else layer.linear
-        if type(self._linear) is not nn.Linear:
+    sizes: how many outputs each of them has.
+    """
+
+    def __init__(self, hands: Hands, *layers: Any) -> None:
+        loras = ["lora_a" in layer and "m" not in layer for layer in layers]
+        linears = [layer.linear if lora else layer for layer, lora in zip(layers, loras, strict=True)]
+        if any(type(linear) not in {nn.Linear, nn.Embedding} for linear in linears):
             raise TypeError("a layer is of another kind")
+        self._hands = hands
+        self._weights = [_Held(linear, "weight") for linear in linears]
+        self._biases = [_Held(linear, "bias") if "bias" in linear else None for linear in linears]
+        self.sizes = [linear.weight.shape[0] for linear in linears]
+        ends = list(accumulate(self.sizes))
+        self._parts = [slice(end - size, end) for size, end in zip(self.sizes, ends, strict=True)]
+        adapted = [(layer, part) for layer, part, lora in zip(layers, self._parts, loras, strict=True) if lora]
+        self._adapters = [(_Adapter(layer), part) for layer, part in adapted]
 
     def __call__(self, states: Array) -> Array:
-        """What it makes of states (D, B)."""
-        result: Array = _view(self._linear.weight) @ states
-        if self._lora is not None:
-            narrow = _view(self._lora.lora_a).T @ states
-            narrow *= np.float32(self._lora.scale)
-            result += _view(self._lora.lora_b).T @ narrow
-        if "bias" in self._linear:
-            result += _view(self._linear.bias)[:, None]
+        """What they make of states (D, B), one below the other."""
+        result = np.empty((self._parts[-1].stop, states.shape[1]), np.float32)
+        products = [(held(), states, result[part]) for held, part in zip(self._weights, self._parts, strict=True)]
+        for part, added in self._hands.multiply(products, lambda: self._adapted(states)):
+            result[part] += added
+        for bias, part in zip(self._biases, self._parts, strict=True):
+            if bias:
+                result[part] += bias()[:, None]
+        return result
+
+    def _adapted(self, states: Array) -> list[tuple[slice, Array]]:
+        return [(part, adapter(states)) for adapter, part in self._adapters]
+
+
+class _Adapter:
+    """What a LoRA adds."""
+
+    def __init__(self, layer: Any) -> None:
+        self._first, self._second = _Held(layer, "lora_a"), _Held(layer, "lora_b")
+        self._scale = np.float32(layer.scale)
+
+    def __call__(self, states: Array) -> Array:
+        narrow = self._first().T @ states
+        narrow *= self._scale
+        result: Array = self._second().T @ narrow
         return result
 
 
-def _normed(states: Array, norm: Any) -> Array:
+class _Norm:
     """RMS norm of columns (…, D, B)."""
-    scale = np.square(states).mean(axis=-2, keepdims=True)
-    scale += np.float32(norm.eps)
-    np.sqrt(scale, out=scale)
-    result: Array = states / scale
-    result *= _view(norm.weight)[:, None]
-    return result
+
+    def __init__(self, norm: Any) -> None:
+        self._weight, self._eps = _Held(norm, "weight"), np.float32(norm.eps)
+
+    def __call__(self, states: Array) -> Array:
+        scale = np.einsum("...db,...db->...b", states, states)
+        scale /= states.shape[-2]
+        scale += self._eps
+        np.sqrt(scale, out=scale)
+        result: Array = states / scale[..., None, :]
+        result *= self._weight()[:, None]
+        return result
+
+
+class _Held:
+    """The memory of a module's array, looked up anew when another array has taken its place."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        self._module, self._name = module, name
+        self._array: mx.array | None = None
+        self._found: Array = np.empty(0, np.float32)
+
+    def __call__(self) -> Array:
+        array = self._module[self._name]
+        if array is not self._array:
+            self._array, self._found = array, _view(array)
+        return self._found
+
+
+def _plain_head(head: OutputHead) -> bool:
+    """Whether a head is one product and nothing else."""
+    layer = head.layer
+    return type(layer) in {nn.Linear, nn.Embedding} and "bias" not in layer and bool(head.plain)
+
+
+def _turn(vectors: Array, turns: Turns) -> None:
+    """Turn vectors (H, D, B) in place."""
+    half = vectors.shape[1] // 2
+    first, second = vectors[:, :half], vectors[:, half:]
+    cosines, sines = turns
+    turned = first * cosines - second * sines
+    second *= cosines
+    second += first * sines
+    first[:] = turned
 
 
 def _view(array: mx.array) -> Array:
