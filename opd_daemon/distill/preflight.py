@@ -22,6 +22,8 @@ from opd_daemon.vocabulary import compare_vocabularies, load_vocabulary
 if TYPE_CHECKING:
     from opd_daemon.trainer import TrainerInfo
 
+# Most tokens that the student reads and that the teacher reads.
+Contexts = tuple[int, int]
 FAULTS_SHOWN = 5
 # What chat templates put around a conversation, a default system prompt included, and around each of its turns.
 TEMPLATE_TOKENS, TURN_TOKENS = 64, 8
@@ -50,7 +52,9 @@ def check_run(config: RunConfig, trainer: TrainerInfo | None, roots: AllowedRoot
         violations += [_violation("student_adapter_path", fault) for fault in faults]
     elif base and not config.student_adapter_path:
         violations += [_violation(f"lora.{name}", fault) for name, fault in lora_faults(config.lora, base)]
-    contexts = UNLIMITED_CONTEXT, UNLIMITED_CONTEXT
+    contexts = None
+    if base and (teacher or config.teacher_template != "teacher"):
+        contexts = UNLIMITED_CONTEXT, UNLIMITED_CONTEXT
     if base and teacher:
         violations += _check_tokenizers(config, base, teacher)
         no_room = _check_context(config, base, teacher)
@@ -155,7 +159,7 @@ def _check_context(config: RunConfig, base: ModelFolder, teacher: ModelFolder) -
     return []
 
 
-def _check_rows(config: RunConfig, contexts: tuple[int, int], *, needs_completions: bool) -> list[FieldViolation]:
+def _check_rows(config: RunConfig, contexts: Contexts | None, *, needs_completions: bool) -> list[FieldViolation]:
     both = bool(config.prompts_path and config.validation_prompts_path)
     limits = {"prompts_path": config.max_prompts, "validation_prompts_path": config.max_validation_prompts}
     violations = []
@@ -183,14 +187,16 @@ def _check_completions(name: str, rows: list[Row]) -> Iterator[FieldViolation]:
         yield _violation(name, f"{lacking.place}: has no completion to learn; {cure}")
 
 
-def _check_texts(config: RunConfig, name: str, rows: list[Row], contexts: tuple[int, int]) -> Iterator[FieldViolation]:
+def _check_texts(config: RunConfig, name: str, rows: list[Row], contexts: Contexts | None) -> Iterator[FieldViolation]:
     """Whether each model can read the prompts, and has room to answer. Only rows that may be too long are tokenised.
 
-    contexts: of what the student reads and of what the teacher reads.
+    contexts: None where a model whose tokens count can't be read.
     """
     reader = TeacherReader(config.teacher_system_prompt)
     if fault := next(filter(None, map(reader.fault, rows)), ""):
         yield _violation(name, fault)
+        return
+    if not contexts:
         return
     room = min(config.max_prompt_tokens, min(contexts) - config.max_generation_tokens)
     long = [row for row in rows if _most_tokens(row, reader) > room]
@@ -198,9 +204,7 @@ def _check_texts(config: RunConfig, name: str, rows: list[Row], contexts: tuple[
         yield from _check_lengths(config, name, long, contexts)
 
 
-def _check_lengths(
-    config: RunConfig, name: str, rows: list[Row], contexts: tuple[int, int]
-) -> Iterator[FieldViolation]:
+def _check_lengths(config: RunConfig, name: str, rows: list[Row], contexts: Contexts) -> Iterator[FieldViolation]:
     tokenizers = {}
     for field in ("base_model_path", *(["teacher_model_path"] if config.teacher_template == "teacher" else [])):
         file = Path(getattr(config, field)) / "tokenizer.json"

@@ -174,6 +174,13 @@ def test_the_chat_template_counts_towards_a_prompts_length(settings: dict[str, A
     assert f"tokens, more than max_prompt_tokens {bare}; shorten the prompt" in found
 
 
+@pytest.mark.parametrize("name", ["base_model_path", "teacher_model_path"])
+def test_no_length_is_measured_with_a_model_that_can_not_be_read(settings: dict[str, Any], name: str) -> None:
+    """The system may not even take its path."""
+    settings |= {"max_prompt_tokens": 2, "teacher_template": "teacher"}
+    assert list(faults({**settings, name: 10_000 * "A"})) == [f"config.{name}"]
+
+
 def write_rows(settings: dict[str, Any], *rows: dict[str, Any]) -> None:
     Path(settings["prompts_path"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
