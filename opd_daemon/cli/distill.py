@@ -58,7 +58,10 @@ def distill(
         if detach:
             output.say(f"{chosen.run_id}: accepted; 'opd watch {chosen.run_id}' follows it")
             return exits.OK
-        return fetch_adapter(daemon.client, valid, chosen.run_id, _follow(daemon, chosen))
+        code = _follow(daemon, chosen)
+        if code == exits.OK:
+            fetch_adapter(daemon.client, valid, chosen.run_id)
+        return code
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from opd_daemon.cli.distill import DaemonInUse
     from opd_daemon.client import Client
     from opd_daemon.client.sweep import Cell, Outcome
+    from opd_daemon.config import RunConfig
     from opd_daemon.types import Plan, Run
 
 
@@ -43,14 +45,19 @@ def sweep(
     """Distil with every combination of some settings and compare what comes out.
 
     All runs use one teacher cache, so what the teacher said once is not computed again. Ctrl-C leaves the runs to the
-    daemon; with --serve it stops them. The same command again goes on where the sweep was.
+    daemon; with --serve it stops them. The same command again goes on where the sweep was. A daemon on another machine
+    gets the prompts sent, and the adapters come back.
     """
     from opd_daemon.cli.distill import daemon_in_use
+    from opd_daemon.cli.elsewhere import all_as_they_are_there
     from opd_daemon.client.sweep import check_name
 
     called = check_name(name or re.sub(r"[^A-Za-z0-9._-]+", "_", config.stem).strip("._-") or "sweep")
     cells = read_cells(config, preset, settings, read_variations(vary), called)
     with daemon_in_use(serve=serve, yes=yes) as daemon:
+        here = [cell.config for cell in cells]
+        there = all_as_they_are_there(daemon.client, here)
+        cells = [replace(cell, config=config) for cell, config in zip(cells, there, strict=True)]
         too_large = show_plans(daemon.client, cells)
         if too_large and not dry_run:
             message = f"{', '.join(too_large)} will not fit; 'opd plan' shows why. Nothing was started"
@@ -60,7 +67,7 @@ def sweep(
         code = _run_all(daemon, cells)
         if code is not None:
             return code
-        return finish(daemon.client, called, cells, folder or Path(called))
+        return finish(daemon.client, called, cells, here, folder or Path(called))
 
 
 def read_variations(written: Sequence[str]) -> dict[str, list[Any]]:
@@ -190,11 +197,19 @@ def _stop_rest(client: Client, runs: Sequence[Run]) -> None:
                 raise
 
 
-def finish(client: Client, name: str, cells: Sequence[Cell], folder: Path) -> int:
-    """Compare the runs: a table here, and table and picture in the folder. The exit code says whether all are done."""
+def finish(client: Client, name: str, cells: Sequence[Cell], here: Sequence[RunConfig], folder: Path) -> int:
+    """Compare the runs: a table here, and table and picture in the folder. The exit code says whether all are done.
+
+    here: the configurations with paths of this machine, where the adapters go.
+    """
+    from opd_daemon.cli.elsewhere import fetch_adapter
     from opd_daemon.client.sweep import outcome, ranked
 
-    outcomes = ranked([outcome(client, cell) for cell in cells])
+    found = [outcome(client, cell) for cell in cells]
+    for entry, config in zip(found, here, strict=True):
+        if entry.state == "SUCCEEDED":
+            fetch_adapter(client, config, entry.cell.run_id)
+    outcomes = ranked(found)
     show_outcomes(outcomes)
     for path in write_outcomes(name, outcomes, folder):
         output.say(f"written: {path}")

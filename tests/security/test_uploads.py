@@ -195,9 +195,9 @@ def test_a_client_that_goes_away_leaves_nothing(far_client: Client, remote: Remo
     assert kept(remote) == before
 
 
-def test_distil_on_another_machine(remote: Remote, models: Path, tmp_path: Path) -> None:
-    """Prompts go there, the adapter comes back; nothing here is named there."""
-    (tmp_path / "rows.jsonl").write_bytes(ROWS)
+def write_config(folder: Path, models: Path) -> Path:
+    """A run of one step, with its prompts beside it."""
+    (folder / "rows.jsonl").write_bytes(ROWS)
     settings = {
         "teacher_model_path": str(models / "teacher"),
         "base_model_path": str(models / "student"),
@@ -211,11 +211,37 @@ def test_distil_on_another_machine(remote: Remote, models: Path, tmp_path: Path)
         "max_eval_samples": 0,
         "max_prompts": 4,
     }
-    (tmp_path / "run.yaml").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "opd_daemon.cli", "distill", str(tmp_path / "run.yaml"), "--new", "--yes"]
-    environment = {**os.environ, **remote.environment, "OPD_HOME": str(tmp_path / "home")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    file = folder / "run.yaml"
+    file.write_text(json.dumps(settings))
+    return file
+
+
+def opd(remote: Remote, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command on a machine that has nothing but the remote daemon's address."""
+    environment = {**os.environ, **remote.environment, "OPD_HOME": str(folder / "home")}
+    command = [sys.executable, "-m", "opd_daemon.cli", *arguments]
+    return subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_distil_on_another_machine(remote: Remote, models: Path, tmp_path: Path) -> None:
+    """Prompts go there, the adapter comes back; nothing here is named there."""
+    done = opd(remote, tmp_path, "distill", str(write_config(tmp_path, models)), "--new", "--yes")
     assert done.returncode == 0, done.stderr
     assert "adapters.safetensors" in names(tmp_path / "adapter")
     assert f"fetched: {tmp_path / 'adapter'}" in done.stderr
     assert f"{DIGEST}.jsonl" in kept(remote)
+
+
+def test_a_sweep_on_another_machine(remote: Remote, models: Path, tmp_path: Path) -> None:
+    """Every run's adapter comes back, and the same command again has nothing left to do."""
+    command = ("sweep", str(write_config(tmp_path, models)), "--vary", "temperature=1,2", "--name", "far", "--yes")
+    done = opd(remote, tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    for name in ("far-1", "far-2"):
+        assert "adapters.safetensors" in names(tmp_path / "adapter" / name)
+    assert "sweep.png" in names(tmp_path / "far")
+    again = opd(remote, tmp_path, *command)
+    assert again.returncode == 0, again.stderr
+    assert "run 1 of 2" not in again.stderr
