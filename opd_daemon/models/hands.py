@@ -2,13 +2,14 @@
 
 A BLAS packs a large factor before it multiplies: with a few rows the packing takes longer than the product. Blocks too
 small for OpenBLAS's threads are not packed where it has kernels for small products (AVX-512), and two threads of ours,
-each with half of the blocks, read memory about as fast as it goes (`bench/decoding.py`).
+which share the blocks, read memory about as fast as it goes (`bench/decoding.py`).
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import TypeVar
@@ -24,64 +25,86 @@ T = TypeVar("T")
 MOST_OF_A_BLOCK = 1 << 18
 # One row is a product of another kind, and from here on packing pays.
 FEWEST_ROWS, MOST_ROWS = 2, 8
-# Smaller blocks are not worth their calls.
+# Fewer weights are not worth a second thread, nor smaller blocks their calls.
+FEWEST_WEIGHTS = 1 << 17
 SMALLEST_BLOCK = 8
+# More of them even out what two threads do, and cost more turns of the interpreter's lock.
+PIECES = 4
 
 
 class Hands:
-    """Does products, half of each in a thread of its own, which ends with it. For one thread at a time."""
+    """Does products together with a thread of its own, which ends with it. For one thread at a time."""
 
     def __init__(self) -> None:
-        self._asked: SimpleQueue[Sequence[Product] | None] = SimpleQueue()
-        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
-        threading.Thread(target=_lend, args=(self._asked, self._done), name="products", daemon=True).start()
+        self._asked: SimpleQueue[_Job | None] = SimpleQueue()
+        self._at_work = threading.Lock()
+        threading.Thread(target=_lend, args=(self._asked, self._at_work), name="products", daemon=True).start()
         weakref.finalize(self, self._asked.put, None)
 
     def multiply(self, products: Sequence[Product], meanwhile: Callable[[], T]) -> T:
         """For weights (M, K), states (K, B) and a result (M, B), each contiguous: write the product to the result.
 
-        meanwhile: something small to do while the other thread is not done; what it returns.
+        meanwhile: something small to do while the other thread may not be done; what it returns.
         """
-        if not FEWEST_ROWS <= products[0][1].shape[1] <= MOST_ROWS:
+        rows = products[0][1].shape[1]
+        if not FEWEST_ROWS <= rows <= MOST_ROWS or sum(weights.size for weights, _, _ in products) < FEWEST_WEIGHTS:
             for weights, states, result in products:
                 np.matmul(weights, states, out=result)
             return meanwhile()
-        halves = [len(weights) // 2 for weights, _, _ in products]
-        self._asked.put([(w[half:], states, r[half:]) for half, (w, states, r) in zip(halves, products, strict=True)])
-        try:
-            for half, (weights, states, result) in zip(halves, products, strict=True):
-                _in_blocks(weights[:half], states, result[:half])
-            found = meanwhile()
-        finally:
-            fault = self._done.get()
-        if fault:
-            raise fault
+        job = _Job(products)
+        self._asked.put(job)
+        job.work()
+        found = meanwhile()
+        with self._at_work:  # the other thread's last piece; there may be none
+            pass
+        if job.fault:
+            raise job.fault
         return found
 
 
-def _lend(asked: SimpleQueue[Sequence[Product] | None], done: SimpleQueue[BaseException | None]) -> None:
-    while (products := asked.get()) is not None:
-        fault = _fault_of(products)
-        del products  # while nothing is asked for, no weights are held
-        done.put(fault)
+class _Job:
+    """Pieces of products, each done by whoever comes first: a thread that is woken late delays nobody."""
+
+    def __init__(self, products: Sequence[Product]) -> None:
+        self.fault: BaseException | None = None
+        self._pieces: deque[Product] = deque()
+        for weights, states, result in products:
+            step = -(-len(weights) // PIECES)
+            self._pieces += [
+                (weights[start : start + step], states, result[start : start + step])
+                for start in range(0, len(weights), step)
+            ]
+
+    def work(self) -> None:
+        """Do pieces until none is left."""
+        while True:
+            try:
+                piece = self._pieces.popleft()
+            except IndexError:
+                return
+            _in_blocks(*piece)
+
+    def lend(self) -> None:
+        """As `work`; what goes wrong is kept for the one who waits."""
+        try:
+            self.work()
+        except BaseException as fault:  # noqa: BLE001
+            self.fault = fault
 
 
-def _fault_of(products: Sequence[Product]) -> BaseException | None:
-    """Do them; what went wrong, for the one who waits."""
-    try:
-        for product in products:
-            _in_blocks(*product)
-    except BaseException as fault:  # noqa: BLE001
-        return fault
-    return None
+def _lend(asked: SimpleQueue[_Job | None], at_work: threading.Lock) -> None:
+    while (job := asked.get()) is not None:
+        with at_work:
+            job.lend()
+        del job  # while nothing is asked for, no weights are held
 
 
 def _in_blocks(weights: Array, states: Array, result: Array) -> None:
-    rows = MOST_OF_A_BLOCK // states.size
-    if rows < SMALLEST_BLOCK or len(weights) <= rows:
+    rows = max(1, MOST_OF_A_BLOCK // states.size)
+    whole = len(weights) // rows * rows
+    if rows < SMALLEST_BLOCK or whole < 2 * rows:
         np.matmul(weights, states, out=result)
         return
-    whole = len(weights) // rows * rows
     blocks = weights[:whole].reshape(-1, rows, weights.shape[1])
     np.matmul(blocks, states, out=result[:whole].reshape(-1, rows, states.shape[1]))
     if whole < len(weights):
