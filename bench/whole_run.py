@@ -35,6 +35,7 @@ from opd_daemon.types import Event, EventKind, RunState
 
 BATCH, PROMPT, COMPLETION, RANK = 4, 16, 32, 16
 LEARNING_RATE = 3e-4
+LOOKS_AT_SHARED = 50
 ENVIRONMENT = Path(".venv-bench/bin/python")
 
 
@@ -148,7 +149,8 @@ def finished_run(client: Client, values: dict[str, Any]) -> str:
 class ResidentPeak:
     """Most bytes a process and its children hold together, looked at ten times a second.
 
-    Counting shared pages in shares (PSS) walks every page, so it is done only when resident bytes are higher than ever.
+    To know which pages two processes share, every page is walked while its process waits, so that is done rarely:
+    libraries, which they share, hardly change.
     """
 
     def __init__(self, pid: int) -> None:
@@ -166,30 +168,30 @@ class ResidentPeak:
         self._thread.join()
 
     def _look(self) -> None:
-        highest = 0
+        looks, processes, twice = 0, [self._process], 0
         while not self._done.wait(0.1):
-            processes = [self._process, *self._process.children(recursive=True)]
-            resident = sum(map(resident_bytes, processes))
-            if resident > highest:
-                highest = resident
-                self.bytes = max(self.bytes, sum(map(own_bytes, processes)))
+            if looks % LOOKS_AT_SHARED == 0:
+                processes = [self._process, *self._process.children(recursive=True)]
+                twice = sum(map(counted_twice, processes))
+            looks += 1
+            self.bytes = max(self.bytes, sum(map(resident_bytes, processes)) - twice)
 
 
 def resident_bytes(process: psutil.Process) -> int:
     """All that is resident, shared or not; 0 for a process that has ended."""
     try:
-        return process.memory_info().rss
+        return int(process.memory_info().rss)
     except psutil.NoSuchProcess:
         return 0
 
 
-def own_bytes(process: psutil.Process) -> int:
-    """Resident bytes, a page that n processes share as an n-th, where the system tells; 0 for one that has ended."""
+def counted_twice(process: psutil.Process) -> int:
+    """Resident bytes that are others' too, a page that n processes share as all but an n-th, where the system tells."""
     try:
         found = process.memory_full_info()
     except psutil.NoSuchProcess:
         return 0
-    return getattr(found, "pss", found.rss)
+    return int(found.rss - getattr(found, "pss", found.rss))
 
 
 def run_trl(folder: Path, teacher: Path, student: Path, texts: list[tuple[str, str]], steps: int) -> dict[str, Any]:
