@@ -24,14 +24,14 @@ import numpy as np
 
 from opd_daemon.arrays import Float32
 from opd_daemon.demo.smollm2 import convert_teacher
-from opd_daemon.teacher.batching import FairQueue, ScoreItem, next_batch
+from opd_daemon.teacher.batching import Budget, FairQueue, ScoreItem, next_batch
 from opd_daemon.teacher.folder import open_folder
 from opd_daemon.teacher.loading import LoadedModel, load
 from opd_daemon.teacher.scoring import score_batch
 from opd_daemon.types import ScoreRequest, Scores, ScoreWants
 from opd_daemon.vocabulary import load_vocabulary
 
-TOKEN_BUDGET, PIECE = 2048, 512  # the service's defaults
+BUDGET, PIECE = Budget(2048, contended=2048, small=2048), 512  # the service takes 2048 tokens at a time
 WANTS = ScoreWants(top_k=64)
 
 
@@ -85,7 +85,7 @@ def _score(loaded: LoadedModel, requests: list[ScoreRequest]) -> dict[int, Score
         indices[item] = index
         queue.add(item)
     results: dict[int, Scores] = {}
-    while batch := next_batch(queue, TOKEN_BUDGET, shares=loaded.shares_prefixes):
+    while batch := next_batch(queue, BUDGET, shares=loaded.shares_prefixes):
         queue.take(batch)
         work = score_batch(loaded, [item.request for item in batch], PIECE)
         while True:
