@@ -9,6 +9,8 @@ from typing import Any
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]  # compiled, without types
 
+# What accepts calls of registered methods, in versions of grpcio that know of them.
+REGISTERED = "_request_registered_call"
 NO_SUCH_METHOD = "this daemon has no such method; its services are told by reflection"
 
 
@@ -44,6 +46,8 @@ def core_server(
 ) -> grpc.aio.Server:
     """A server for generated services, whose methods are all registered; not yet bound."""
     usual = cygrpc.AioServer
+    if not hasattr(usual, REGISTERED):  # every call would come to that place
+        return grpc.aio.server(options=options, interceptors=interceptors)
     cygrpc.AioServer = _CoreServer
     try:
         return grpc.aio.server(options=options, interceptors=interceptors)
