@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grpc
@@ -75,6 +75,7 @@ class Front:
         roots: AllowedRoots,
         interceptors: Sequence[grpc.aio.ServerInterceptor],
         *,
+        refused: Callable[[], None],
         port: int | None,
         listener: Listener | None,
     ) -> None:
@@ -84,6 +85,7 @@ class Front:
         self.listening: str | None = None
         self._roots = roots
         self._interceptors = interceptors
+        self._refused = refused
         self._listener = listener
         self._telling: set[asyncio.Task[None]] = set()
         daemon.events.add_listener(self._heard)
@@ -91,7 +93,7 @@ class Front:
     async def open(self) -> None:
         """Bind and start. Raises INVALID_REQUEST when that can't be done."""
         self.socket.unlink(missing_ok=True)
-        self.server = core_server(OPTIONS, self._interceptors)
+        self.server = core_server(OPTIONS, self._interceptors, self._refused)
         self.serving = _add_services(self.server, self.daemon, self._roots)
         # It would say SERVING by itself, before workers can start.
         await self.serving.set("", health_pb2.HealthCheckResponse.NOT_SERVING)

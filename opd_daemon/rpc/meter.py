@@ -19,7 +19,6 @@ from opd_daemon.rpc.interceptor import Context, Details, Handler
 # Upper bounds in seconds: from a look-up to a forward pass over a long batch.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 OK = "OK"
-# One label for whatever is asked for and isn't there: else whoever calls could make labels without end.
 UNKNOWN_METHOD = "unknown"
 
 
@@ -52,6 +51,10 @@ class CallTally:
             tally = self.methods[method] = MethodTally()
         return tally
 
+    def refused(self) -> None:
+        """Count a call of a method that isn't there: one label for all, or callers could make labels without end."""
+        self.of(UNKNOWN_METHOD).add(Code.UNIMPLEMENTED, 0.0)
+
 
 class Meter(grpc.aio.ServerInterceptor):
     """Counts every call. It stands outside the border, so it sees the codes that clients see."""
@@ -65,7 +68,7 @@ class Meter(grpc.aio.ServerInterceptor):
         """Count what becomes of one call."""
         handler = await continuation(handler_call_details)
         if handler is None:  # no such method: grpcio answers UNIMPLEMENTED
-            self._calls.of(UNKNOWN_METHOD).add(Code.UNIMPLEMENTED, 0.0)
+            self._calls.refused()
             return None
         tally = self._calls.of(handler_call_details.method)
         decode, encode = handler.request_deserializer, handler.response_serializer

@@ -102,7 +102,9 @@ async def _serve(settings: ServeSettings) -> int:
         await daemon.runs.recover()
         calls = CallTally()
         interceptors = [Meter(calls), Border(Gate(token, daemon.runs.run_for_token), settings.home)]
-        front = Front(daemon, roots, interceptors, port=settings.port, listener=settings.listener)
+        front = Front(
+            daemon, roots, interceptors, refused=calls.refused, port=settings.port, listener=settings.listener
+        )
         async with (
             settings.web(daemon, token, calls) if settings.web else contextlib.nullcontext() as web_port,
             _listening(front, settings.home, token, web_port) as address,

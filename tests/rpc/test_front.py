@@ -34,8 +34,8 @@ def test_a_server_that_died_is_noticed(monkeypatch: pytest.MonkeyPatch, caplog: 
 async def test_a_grpcio_whose_methods_are_not_registered_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or every call would be answered as one of an unknown method."""
     usual = cygrpc.AioServer
-    assert type(core_server.core_server((), ())._server) is core_server._CoreServer
+    assert type(core_server.core_server((), (), list)._server) is core_server._CoreServer
     assert cygrpc.AioServer is usual
 
     monkeypatch.setattr(core_server, "REGISTERED", "_not_there")
-    assert type(core_server.core_server((), ())._server) is usual
+    assert type(core_server.core_server((), (), list)._server) is usual
