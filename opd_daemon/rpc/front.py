@@ -110,7 +110,8 @@ class Front:
             # A task of its own: cancelling the wait itself would cancel the server's stop as well.
             ended = asyncio.create_task(self.server.wait_for_termination(ALIVE_SECONDS))
             await asyncio.wait({ended})
-            if fault := ended.exception():
+            fault = ended.exception()
+            if fault or not ended.result():  # its result says that the time is over
                 log.critical("the gRPC server died: %s: %s", type(fault).__name__, fault)
                 return
 
