@@ -229,7 +229,10 @@ class _Norm:
 
 
 class _Held:
-    """The memory of a module's array, looked up anew when another array has taken its place."""
+    """The memory of a module's array, looked up anew when another array has taken its place.
+
+    So whoever changes weights puts a new array there, as optimizers and `update` do, and never writes into the old one.
+    """
 
     def __init__(self, module: Any, name: str) -> None:
         self._module, self._name = module, name
