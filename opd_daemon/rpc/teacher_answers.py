@@ -23,7 +23,8 @@ from opd_daemon.wire import arrays as wire
 from opd_daemon.wire import headers
 
 MOST_OF_A_NAME = 64
-MOST_CHARACTERS = 8 << 20
+# More than fits in any model's context. A tokenizer may take a thousand bytes for each while it works.
+MOST_CHARACTERS = MOST_IDS = 1 << 20
 
 
 class Answers:
@@ -95,6 +96,8 @@ class Answers:
         """Tokenize."""
         info = self._teacher.loaded()
         ids = await self._token_ids(request.tokens, "tokens", info)
+        if request.tokens.HasField("token_ids") and len(ids) > MOST_IDS:
+            raise invalid("tokens.token_ids", f"{len(ids)} ids; send at most {MOST_IDS} in one call")
         check_ids("tokens.token_ids", ids, info)
         tokenizer = await self._teacher.tokenizer(info)
         text = await asyncio.to_thread(tokenizer.decode, ids.tolist())
