@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ from opd_daemon.rpc.server import ServeSettings, serve
 async def failing(self, seconds):
     await asyncio.sleep(seconds)
     raise RuntimeError("no more calls")
-
 
 opened = front.Front.open
 
@@ -40,7 +38,6 @@ def test_the_daemon_ends_with_its_server(tmp_path: Path) -> None:
         text=True,
         timeout=60,
         check=False,
-        env=os.environ,
     )
     assert done.returncode == 1, done.stderr
     assert "the gRPC server died: RuntimeError: no more calls" in done.stderr
