@@ -100,7 +100,8 @@ def serve(
         log_level=log_level,
         web=None if web_port is None else _web_door(web_port),
     )
-    return serve_until_stopped(settings) or exits.OK
+    serve_until_stopped(settings)
+    return exits.OK
 
 
 def _listener(address: str | None, cert: Path | None, key: Path | None, client_ca: Path | None) -> Listener | None:

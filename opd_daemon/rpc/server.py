@@ -70,8 +70,8 @@ class ServeSettings:
     web: Door | None = None
 
 
-def serve(settings: ServeSettings) -> int:
-    """Run the daemon until it is asked to stop; the exit code.
+def serve(settings: ServeSettings) -> None:
+    """Run the daemon until it is asked to stop; should its gRPC server die, end the process with exit code 1.
 
     Raises:
         OpdError: DAEMON_ALREADY_RUNNING; INVALID_REQUEST when the home can't be written or an address can't be bound;
@@ -81,10 +81,10 @@ def serve(settings: ServeSettings) -> int:
     os.environ["OPD_HOME"] = str(settings.home.root)  # for plugins, which know the home by this name
     with _only_daemon(settings.home):
         log_to_file(settings.home.logs)
-        return asyncio.run(_serve(settings))
+        asyncio.run(_serve(settings))
 
 
-async def _serve(settings: ServeSettings) -> int:
+async def _serve(settings: ServeSettings) -> None:
     stop = asyncio.Event()
     _watch_for_stop(stop, settings.until_stdin_closes)
     token = kept_token(settings.token_file) if settings.token_file else secrets.token_urlsafe(32)
@@ -127,7 +127,10 @@ async def _serve(settings: ServeSettings) -> int:
             await daemon.end(settings.stop_grace_seconds)
             if not failed:
                 await front.server.stop(RPC_GRACE_SECONDS)
-    return int(failed)
+    if failed:
+        # A dead server can't be stopped, and to let go of one that isn't may hang the process for ever.
+        logging.shutdown()
+        os._exit(1)
 
 
 @contextlib.asynccontextmanager

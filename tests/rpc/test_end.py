@@ -25,7 +25,7 @@ async def open_and_die(self):
     self.server.wait_for_termination = failing.__get__(self.server)
 
 front.Front.open = open_and_die
-sys.exit(serve(ServeSettings(Home(pathlib.Path(sys.argv[1])), port=None)))
+serve(ServeSettings(Home(pathlib.Path(sys.argv[1])), port=None))
 """
 
 
