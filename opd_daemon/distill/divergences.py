@@ -159,8 +159,9 @@ class FormulaDivergence(Divergence):
     def rows(self, arrays: Arrays, pair: Pair) -> tuple[Any, Any]:
         """Values `(N, 1)` and slopes `(N, V)` of two whole distributions at this temperature."""
         terms, pull = self.formula(arrays.lib, pair)
-        values, total = arrays.row_sum(terms), arrays.row_sum(pull)
-        return values, (pull - pair.s * total) * (1.0 / self.temperature)
+        values = arrays.row_sum(terms)
+        slopes = pull - pair.s * (values if pull is terms else arrays.row_sum(pull))
+        return values, slopes if self.temperature == 1 else slopes * (1.0 / self.temperature)
 
     def _paired(self, signal: SparseSignal, student: mx.array) -> Pair:
         teacher = signal.outcomes()

@@ -52,7 +52,7 @@ def jsd(beta: float) -> Formula:
         return reverse_kl if beta else forward_kl
 
     def formula(lib: Any, pair: Pair) -> tuple[Any, Any]:
-        log_m = _log(lib, beta * pair.t + (1.0 - beta) * pair.s)
+        log_m = log_mass(lib, beta * pair.t + (1.0 - beta) * pair.s)
         pull = (1.0 - beta) * pair.s * (pair.log_s - log_m)
         return beta * pair.t * (pair.log_t - log_m) + pull, pull
 
@@ -117,5 +117,6 @@ def paired_outcomes(lib: Any, teacher: Any, student: Any) -> Pair:
     return Pair(log_t, lib.where(known, lib.exp(log_t), 0.0), student, lib.exp(student))
 
 
-def _log(lib: Any, mass: Any) -> Any:
+def log_mass(lib: Any, mass: Any) -> Any:
+    """Logarithms of probabilities, finite where there is none."""
     return lib.log(lib.maximum(mass, LEAST_MASS))

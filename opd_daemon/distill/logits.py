@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from opd_daemon.arrays import Float32, Int32
 
@@ -77,11 +78,14 @@ def host_view(array: mx.array) -> Float32:
 class Arrays:
     """The library that formulas compute with, and the operations on rows in which numpy and MLX differ.
 
-    row_sum: `(N, V)` → `(N, 1)`. add_at: add amounts `(N, 1)` to one place `(N, 1)` of every row.
+    row_sum: `(N, V)` → `(N, 1)`. row_dot: the sum of products of two `(N, V)`. row_count: how many are true.
+    add_at: add amounts `(N, 1)` to one place `(N, 1)` of every row.
     """
 
     lib: Any
     row_sum: Callable[[Any], Any]
+    row_dot: Callable[[Any, Any], Any]
+    row_count: Callable[[Any], Any]
     add_at: Callable[[Any, Any, Any], Any]
 
 
@@ -172,6 +176,29 @@ def _host_row_sum(values: Float32) -> Float32:
     return total
 
 
+def _host_row_dot(left: Float32, right: Float32) -> Float32:
+    # By blocks, since one long float32 sum loses digits.
+    count, width = left.shape
+    whole = width - width % REDUCTION_BLOCK
+    blocks = (count, -1, REDUCTION_BLOCK)
+    total: Float32 = np.vecdot(left[:, :whole].reshape(blocks), right[:, :whole].reshape(blocks)).sum(axis=-1)
+    total += np.vecdot(left[:, whole:], right[:, whole:])
+    return total[:, None]
+
+
+def _device_row_dot(left: mx.array, right: mx.array) -> mx.array:
+    return row_sum(left * right)
+
+
+def _host_row_count(flags: npt.NDArray[np.bool_]) -> Float32:
+    # With an axis, numpy counts by adding integers.
+    return np.array([[np.count_nonzero(row)] for row in flags], np.float32)
+
+
+def _device_row_count(flags: mx.array) -> mx.array:
+    return row_sum(flags.astype(mx.float32))
+
+
 def _in_blocks(values: mx.array, size: int, filler: float) -> mx.array:
     rows, width = values.shape
     while size > SELECTION_BLOCK and width % size:
@@ -193,5 +220,5 @@ def _descending(logits: mx.array, ids: mx.array) -> mx.array:
     return mx.take_along_axis(ids, order, axis=-1)
 
 
-HOST = Arrays(np, _host_row_sum, _host_add_at)
-DEVICE = Arrays(mx, row_sum, _device_add_at)
+HOST = Arrays(np, _host_row_sum, _host_row_dot, _host_row_count, _host_add_at)
+DEVICE = Arrays(mx, row_sum, _device_row_dot, _device_row_count, _device_add_at)
