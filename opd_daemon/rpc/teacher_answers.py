@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +24,13 @@ from opd_daemon.v1 import teacher_pb2 as pb
 from opd_daemon.wire import arrays as wire
 from opd_daemon.wire import headers
 
+T = TypeVar("T")
+
 MOST_OF_A_NAME = 64
-# More than fits in any model's context. A tokenizer may take a thousand bytes for each while it works.
-MOST_CHARACTERS = MOST_IDS = 1 << 20
+# A tokenizer may take a thousand bytes for each while it works, and ten microseconds.
+MOST_CHARACTERS = MOST_IDS = 1 << 19
+# Longer texts, and those of more ids, wait for each other; shorter ones only for shorter ones.
+SHORT = 1 << 14
 
 
 class Answers:
@@ -32,6 +38,8 @@ class Answers:
 
     def __init__(self, teacher: TeacherService) -> None:
         self._teacher = teacher
+        # A thread each, where calls that are given up while they wait are not done.
+        self._short, self._long = (ThreadPoolExecutor(1, name) for name in ("texts", "long-texts"))
 
     async def compute_logprobs(
         self, request: pb.ComputeLogprobsRequest, context: Context
@@ -100,7 +108,7 @@ class Answers:
             raise invalid("tokens.token_ids", f"{len(ids)} ids; send at most {MOST_IDS} in one call")
         check_ids("tokens.token_ids", ids, info)
         tokenizer = await self._teacher.tokenizer(info)
-        text = await asyncio.to_thread(tokenizer.decode, ids.tolist())
+        text = await self._in_turn(len(ids), tokenizer.decode, ids.tolist())
         return pb.TokenizeResponse(token_ids=pb.TokenIds(ids=wire.pack(ids)), text=text, identity=_identity(info))
 
     async def _score_requests(self, request: pb.ComputeLogprobsRequest, info: TeacherInfo) -> list[ScoreRequest]:
@@ -124,20 +132,26 @@ class Answers:
             case "text":
                 tokenizer = await self._teacher.tokenizer(info)
                 _require_short(len(tokens.text), f"{name}.text")
-                # Long texts take their time, and the event loop has none.
-                return np.asarray(await asyncio.to_thread(tokenizer.encode, tokens.text), dtype=np.int32)
+                found = await self._in_turn(len(tokens.text), tokenizer.encode, tokens.text)
+                return np.asarray(found, dtype=np.int32)
             case "chat":
                 tokenizer = await self._teacher.tokenizer(info)
-                ids = await asyncio.to_thread(_render, tokenizer, tokens.chat, f"{name}.chat")
+                characters = sum(len(entry.role) + len(entry.content) for entry in tokens.chat.messages)
+                _require_short(characters, f"{name}.chat")
+                ids = await self._in_turn(characters, _render, tokenizer, tokens.chat, f"{name}.chat")
                 return np.asarray(ids, dtype=np.int32)
             case _:
                 raise invalid(name, "empty: give token_ids, text or chat")
+
+    async def _in_turn(self, size: int, function: Callable[..., T], *arguments: Any) -> T:
+        """Call it off the event loop, which has no time for texts."""
+        turn = self._short if size <= SHORT else self._long
+        return await asyncio.get_running_loop().run_in_executor(turn, function, *arguments)
 
 
 def _render(tokenizer: TextTokenizer, chat: pb.Chat, name: str) -> Sequence[int]:
     if not chat.messages:
         raise invalid(f"{name}.messages", "none given; a chat has at least one message")
-    _require_short(sum(len(entry.content) for entry in chat.messages), name)
     messages = [{"role": entry.role, "content": entry.content} for entry in chat.messages]
     try:
         return tokenizer.render_chat(messages, chat.add_generation_prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,9 @@ class TextTokenizer:
         except Exception as error:  # third-party loaders may raise anything over a folder's files
             raise load_failed(name, f"its tokenizer can't be loaded ({' '.join(str(error).split())[:200]})") from error
         self._name = name
-        # The Rust tokenizers refuse to be borrowed twice.
-        self._lock = threading.Lock()
+        # Those in Rust are for any number of readers, once the first call has unset what its files said of padding.
+        self._turn = contextlib.nullcontext() if getattr(self._tokenizer, "is_fast", False) else threading.Lock()
+        self._tokenizer.encode("")
 
     @property
     def has_template(self) -> bool:
@@ -32,7 +34,7 @@ class TextTokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of plain text, with the special tokens the tokenizer adds by itself."""
-        with self._lock:
+        with self._turn:
             return tuple(self._tokenizer.encode(text))
 
     def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> tuple[int, ...]:
@@ -40,7 +42,7 @@ class TextTokenizer:
         if not self.has_template:
             raise invalid("messages", f"{self._name} has no chat template; send text or token ids")
         try:
-            with self._lock:
+            with self._turn:
                 ids = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template is a program of the model's author and may raise anything
             raise invalid("messages", f"the chat template of {self._name} refuses them: {error}") from error
@@ -48,5 +50,5 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens included."""
-        with self._lock:
+        with self._turn:
             return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))

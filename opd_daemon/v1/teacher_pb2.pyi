@@ -468,8 +468,8 @@ Global___Chat: _TypeAlias = Chat  # noqa: Y015
 
 @_typing.final
 class TokenInput(_message.Message):
-    """Tokens in whichever form the caller has them. Ids are the safe form: text is tokenised by the daemon, a million characters (2^20)
-    at most, in a chat of all messages together.
+    """Tokens in whichever form the caller has them. Ids are the safe form: text is tokenised by the daemon, half a million characters
+    (2^19) at most, in a chat of all messages together.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -160,7 +160,7 @@ class TeacherServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Turns text or a chat into the teacher's token ids, or ids (2^20 at most) into text.
+        """Turns text or a chat into the teacher's token ids, or ids (2^19 at most) into text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

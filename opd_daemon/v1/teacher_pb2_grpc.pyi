@@ -96,7 +96,7 @@ class TeacherServiceStub:
     work all the same.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.TokenizeRequest, _teacher_pb2.TokenizeResponse]
-    """Turns text or a chat into the teacher's token ids, or ids (2^20 at most) into text."""
+    """Turns text or a chat into the teacher's token ids, or ids (2^19 at most) into text."""
     GetCacheStats: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.GetCacheStatsRequest, _teacher_pb2.GetCacheStatsResponse]
     """Tells what the teacher cache holds and what it has saved since the daemon started."""
     PruneCache: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.PruneCacheRequest, _teacher_pb2.PruneCacheResponse]
@@ -156,7 +156,7 @@ class TeacherServiceAsyncStub(TeacherServiceStub):
     work all the same.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_teacher_pb2.TokenizeRequest, _teacher_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Turns text or a chat into the teacher's token ids, or ids (2^20 at most) into text."""
+    """Turns text or a chat into the teacher's token ids, or ids (2^19 at most) into text."""
     GetCacheStats: _aio.UnaryUnaryMultiCallable[_teacher_pb2.GetCacheStatsRequest, _teacher_pb2.GetCacheStatsResponse]  # type: ignore[assignment]
     """Tells what the teacher cache holds and what it has saved since the daemon started."""
     PruneCache: _aio.UnaryUnaryMultiCallable[_teacher_pb2.PruneCacheRequest, _teacher_pb2.PruneCacheResponse]  # type: ignore[assignment]
@@ -255,7 +255,7 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _teacher_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_teacher_pb2.TokenizeResponse, _abc.Awaitable[_teacher_pb2.TokenizeResponse]]:
-        """Turns text or a chat into the teacher's token ids, or ids (2^20 at most) into text."""
+        """Turns text or a chat into the teacher's token ids, or ids (2^19 at most) into text."""
 
     @_abc_1.abstractmethod
     def GetCacheStats(

@@ -112,3 +112,14 @@ def test_the_same_request_gets_the_same_answer_alone_and_beside_others(own: Stag
     assert alone.scores.token_logprobs is not None
     for other in (again, beside):
         np.testing.assert_allclose(other.scores.token_logprobs, alone.scores.token_logprobs, atol=1e-4)
+
+
+def test_a_short_text_does_not_wait_for_long_ones(own: Stage) -> None:
+    long = pb.TokenizeRequest(tokens=pb.TokenInput(text="ab" * (1 << 18)))
+    given_up = [own.teacher.Tokenize.future(long) for _ in range(20)]
+    kept = own.teacher.Tokenize.future(long)
+    own.teacher.Tokenize(pb.TokenizeRequest(tokens=pb.TokenInput(text="ab")))
+    assert not any(call.done() for call in (*given_up[1:], kept))
+    for call in given_up:
+        call.cancel()
+    assert len(kept.result(timeout=60).token_ids.ids)
