@@ -1,8 +1,12 @@
-"""The most memory a worker may take, where the system can be told to refuse more."""
+"""What memory a process takes from the system: a worker no more than it may, the daemon no more than it needs."""
 
 from __future__ import annotations
 
+import os
 import sys
+
+# glibc's name for the most heaps there may be (malloc.h), and how many the daemon's threads share.
+M_ARENA_MAX, HEAPS = -8, 2
 
 
 def limit_process_memory(limit_bytes: int) -> None:
@@ -27,3 +31,18 @@ def lift_memory_limit() -> None:
 
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+def share_heaps() -> None:
+    """Let this process's threads share two heaps, where the C library is glibc and `MALLOC_ARENA_MAX` says nothing.
+
+    Else nearly every thread has one of its own, and each keeps most of what was once freed in it: a daemon of 30
+    threads that had been sent 100 000 requests kept 100 MB. Call it before threads start.
+    """
+    if sys.platform != "linux" or "MALLOC_ARENA_MAX" in os.environ:
+        return
+    import ctypes
+
+    process = ctypes.CDLL(None)
+    if hasattr(process, "mallopt"):
+        process.mallopt(M_ARENA_MAX, HEAPS)

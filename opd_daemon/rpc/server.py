@@ -26,6 +26,7 @@ from opd_daemon.events import MAX_WATCHERS
 from opd_daemon.failpoints import hit
 from opd_daemon.home import Home
 from opd_daemon.logs import log_to_file, log_to_stderr
+from opd_daemon.memory_limit import share_heaps
 from opd_daemon.paths import AllowedRoots
 from opd_daemon.retention import Retention
 from opd_daemon.rpc.access import Gate
@@ -77,6 +78,7 @@ def serve(settings: ServeSettings) -> None:
         OpdError: DAEMON_ALREADY_RUNNING; INVALID_REQUEST when the home can't be written or an address can't be bound;
             WRONG_TOKEN for a token file that won't do.
     """
+    share_heaps()
     log_to_stderr(settings.log_level)
     os.environ["OPD_HOME"] = str(settings.home.root)  # for plugins, which know the home by this name
     with _only_daemon(settings.home):

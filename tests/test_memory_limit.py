@@ -1,0 +1,49 @@
+"""A process with many threads keeps few heaps."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+THREADS = """
+import ctypes, sys, threading
+from opd_daemon.memory_limit import share_heaps
+
+share_heaps()
+together = threading.Barrier(8)
+
+def take():
+    together.wait()
+    held = [bytearray(5000) for _ in range(100)]
+    together.wait()
+    return held
+
+threads = [threading.Thread(target=take) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+process = ctypes.CDLL(None)
+process.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(process.fopen(sys.argv[1].encode(), b"w"))
+process.malloc_info(0, file)
+process.fclose(file)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_info"), reason="the C library is not glibc"
+)
+@pytest.mark.parametrize(("setting", "heaps"), [(None, 2), ("3", 3)])
+def test_threads_share_heaps(tmp_path: Path, setting: str | None, heaps: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
+    if setting:
+        environment["MALLOC_ARENA_MAX"] = setting
+    told = tmp_path / "heaps.xml"
+    subprocess.run([sys.executable, "-c", THREADS, str(told)], env=environment, check=True, timeout=60)
+    assert told.read_text().count("<heap ") == heaps
