@@ -221,7 +221,7 @@ def opd(remote: Remote, folder: Path, *arguments: str) -> subprocess.CompletedPr
     environment = {**os.environ, **remote.environment, "OPD_HOME": str(folder / "home")}
     command = [sys.executable, "-m", "opd_daemon.cli", *arguments]
     return subprocess.run(
-        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        command, env=environment, cwd=folder, capture_output=True, text=True, timeout=280, check=False
     )
 
 
