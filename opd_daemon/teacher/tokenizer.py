@@ -20,12 +20,12 @@ class TextTokenizer:
         """Load it. Raises TEACHER_LOAD_FAILED when its files can't be used without running the model's own code."""
         try:
             self._tokenizer: Any = mlxlm.module("utils").load_tokenizer(path, {"trust_remote_code": False})
+            self._tokenizer.encode("")
         except Exception as error:  # third-party loaders may raise anything over a folder's files
             raise load_failed(name, f"its tokenizer can't be loaded ({' '.join(str(error).split())[:200]})") from error
         self._name = name
-        # Those in Rust are for any number of readers, once the first call has unset what its files said of padding.
+        # Those in Rust are for any number of readers, once a first call has unset what their files say of padding.
         self._turn = contextlib.nullcontext() if getattr(self._tokenizer, "is_fast", False) else threading.Lock()
-        self._tokenizer.encode("")
 
     @property
     def has_template(self) -> bool:
