@@ -37,7 +37,7 @@ def share_heaps() -> None:
     """Let this process's threads share two heaps, where the C library is glibc and `MALLOC_ARENA_MAX` says nothing.
 
     Else nearly every thread has one of its own, and each keeps most of what was once freed in it: a daemon of 30
-    threads that had been sent 100 000 requests kept 100 MB. Call it before threads start.
+    threads ended 100 000 mutated requests with 287 MB instead of 234. Call it before threads start.
     """
     if sys.platform != "linux" or "MALLOC_ARENA_MAX" in os.environ:
         return

@@ -130,7 +130,7 @@ async def _serve(settings: ServeSettings) -> None:
             if not failed:
                 await front.server.stop(RPC_GRACE_SECONDS)
     if failed:
-        # A dead server can't be stopped, and to let go of one that isn't may hang the process for ever.
+        # A dead server can't be stopped, and grpcio may hang for ever where one that wasn't is freed.
         logging.shutdown()
         os._exit(1)
 
