@@ -31,6 +31,7 @@ SAMPLE_SECONDS = 0.02
 AIM = 0.1
 # Phases of a plan, and what step metrics call them.
 PHASES = {"rollout": "rollout", "score": "teacher", "train": "student"}
+EVALUATED = (EventKind.METRICS, EventKind.EVALUATION)
 
 # Temperature 1 and no EOS in sight: completions are as long as planned.
 COMMON: dict[str, Any] = {"learning_rate": 1e-4, "warmup_steps": 1, "checkpoint_every": 1000, "eval_every": 1000}
@@ -200,16 +201,14 @@ def plan_and_run(values: dict[str, Any], home: Path) -> tuple[Plan, Done]:
         watcher.start()
         run, events = finished(client, values)
         peaks = watcher.stop()
-        steps, evaluations, _ = client.metrics(run.run_id)
+        steps, _, _ = client.metrics(run.run_id)
     assert run.started_at is not None
     assert run.finished_at is not None
     seconds = (run.finished_at - run.started_at).total_seconds()
-    return planned.plan, Done(seconds, phases(run, events, steps, evaluations), peaks)
+    return planned.plan, Done(seconds, phases(run, events, steps), peaks)
 
 
-def phases(
-    run: Run, events: list[Event], steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]
-) -> dict[str, float]:
+def phases(run: Run, events: list[Event], steps: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds of the phases, as the run says, and where it doesn't as the times of its events say."""
     assert run.started_at is not None
     running, evaluated, saved, ended = (
@@ -221,11 +220,13 @@ def phases(
             lambda event: event.payload.get("state") == RunState.SUCCEEDED,
         )
     )
-    # Before the first evaluation the teacher writes what is held out, and both models are checked.
-    first = (evaluated - running).total_seconds() + sum(evaluation["seconds"] for evaluation in evaluations[1:])
+    # Before the first evaluation the teacher writes what is held out, and both models are checked; the last one, after
+    # the last step, has the student answer first.
+    stepped, last = (max(event.time for event in events if event.kind is kind) for kind in EVALUATED)
+    evaluate = (evaluated - running + last - stepped).total_seconds()
     found = {phase: sum(step[f"{name}_milliseconds"] for step in steps) / 1000 for phase, name in PHASES.items()}
     load, report = (running - run.started_at).total_seconds(), (ended - saved).total_seconds()
-    return {"load": load, **found, "evaluate": first, "report": report}
+    return {"load": load, **found, "evaluate": evaluate, "report": report}
 
 
 def finished(client: Client, values: dict[str, Any]) -> tuple[Run, list[Event]]:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 
 # glibc's name for the most heaps there may be (malloc.h), and how many the daemon's threads share.
 M_ARENA_MAX, HEAPS = -8, 2
+
+# glibc gives a large block back to the system once it is freed, and asks for it again in the next step, zeroed page by
+# page: about a seventh of a gradient's time on a CPU. With these it keeps what is freed.
+TUNABLES = "GLIBC_TUNABLES"
+KEEPING = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"
 
 
 def limit_process_memory(limit_bytes: int) -> None:
@@ -46,3 +52,11 @@ def share_heaps() -> None:
     process = ctypes.CDLL(None)
     if hasattr(process, "mallopt"):
         process.mallopt(M_ARENA_MAX, HEAPS)
+
+
+def training_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment for a process that trains: its C library keeps freed memory for the next step.
+
+    Only glibc reads it; what a person has set there stands.
+    """
+    return {TUNABLES: KEEPING, **environment}

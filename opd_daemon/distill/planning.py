@@ -23,7 +23,7 @@ from opd_daemon.distill.footprint import (
 from opd_daemon.distill.machines import Machine
 from opd_daemon.distill.rates import WIRE_BYTES_PER_SECOND, AssumedRates, Pair, Rates
 from opd_daemon.distill.shape import adapter_parameters, in_float32, shape_of, stored_parameters
-from opd_daemon.distill.workload import PHASES, Decode, Lengths, Phase, Regime, Workload, measure_lengths, workload_of
+from opd_daemon.distill.workload import PHASES, Decode, Forward, Lengths, Phase, Regime, Workload, measure_lengths, workload_of
 from opd_daemon.models.folder import ModelFolder, read_folder
 from opd_daemon.readable import size
 from opd_daemon.types import Plan, PlannedBytes
@@ -51,6 +51,8 @@ STEP_SECONDS = 0.02
 WRITTEN_BYTES_PER_SECOND = 3e8
 # On a CPU each model proves that it decodes right in another way: about as much work as this.
 PROOF = Decode(sequences=2, prompt=4, tokens=8, prompts=2)
+# And before the first step gradients block by block are compared with plain ones: about this, so many times.
+PROBE, PROBES = Forward(sequences=2, length=8, rows=8), 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,7 @@ class RunFacts:
         phases = dict.fromkeys(PHASES, 0.0)
         for task in self.work.tasks:
             phases[task.phase] += task.count * rates.seconds(task.kind, task.item, self.pair)
-        phases["train"] += self.config.num_steps * STEP_SECONDS
+        phases["train"] += self.config.num_steps * STEP_SECONDS + PROBES * rates.seconds("learn", PROBE, self.pair)
         phases["load"] += self._loading(rates)
         phases["checkpoint"] += self._saving()
         phases["report"] += REPORT_SECONDS

@@ -21,6 +21,7 @@ from opd_daemon.distill.files import write_file
 from opd_daemon.distill.planning import RunFacts
 from opd_daemon.distill.rates import MeasuredRates
 from opd_daemon.errors import OpdError
+from opd_daemon.memory_limit import training_environment
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,14 @@ def _small_enough(facts: RunFacts) -> bool:
 def _measure(facts: RunFacts) -> MeasuredRates | None:
     request = facts.config.model_dump_json().encode()
     try:
-        done = subprocess.run(COMMAND, input=request, capture_output=True, timeout=PATIENCE_SECONDS, check=True)
+        done = subprocess.run(
+            COMMAND,
+            input=request,
+            capture_output=True,
+            timeout=PATIENCE_SECONDS,
+            check=True,
+            env=training_environment(),
+        )
         return MeasuredRates(**json.loads(done.stdout.splitlines()[-1]))
     except subprocess.TimeoutExpired:
         log.warning("measuring this machine took longer than %.0f s; plans use typical rates", PATIENCE_SECONDS)

@@ -16,6 +16,7 @@ import psutil
 
 from opd_daemon.errors import Reason
 from opd_daemon.home import Home
+from opd_daemon.memory_limit import training_environment
 from opd_daemon.runs.worker_log import WorkerLog
 from opd_daemon.store import WorkerRecord
 from opd_daemon.types import RunState
@@ -151,7 +152,7 @@ class Workers:
 
     def _environment(self, token: str) -> dict[str, str]:
         own = {"OPD_ADDRESS": self.address, "OPD_WORKER_TOKEN": token, "OPD_HOME": str(self._home.root)}
-        return {**os.environ, **own}
+        return {**training_environment(), **own}
 
 
 def meaning_of_exit(code: int, last_line: str) -> Exit:
