@@ -23,7 +23,17 @@ from opd_daemon.distill.footprint import (
 from opd_daemon.distill.machines import Machine
 from opd_daemon.distill.rates import WIRE_BYTES_PER_SECOND, AssumedRates, Pair, Rates
 from opd_daemon.distill.shape import adapter_parameters, in_float32, shape_of, stored_parameters
-from opd_daemon.distill.workload import PHASES, Decode, Forward, Lengths, Phase, Regime, Workload, measure_lengths, workload_of
+from opd_daemon.distill.workload import (
+    PHASES,
+    Decode,
+    Forward,
+    Lengths,
+    Phase,
+    Regime,
+    Workload,
+    measure_lengths,
+    workload_of,
+)
 from opd_daemon.models.folder import ModelFolder, read_folder
 from opd_daemon.readable import size
 from opd_daemon.types import Plan, PlannedBytes
