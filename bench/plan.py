@@ -27,7 +27,7 @@ from opd_daemon.home import Home
 from opd_daemon.types import Event, EventKind, Plan, Run, RunState
 from tests.tiny import write_tiny_qwen2
 
-SAMPLE_SECONDS = 0.02
+SAMPLE_SECONDS, LOOK_SECONDS = 0.02, 0.5
 AIM = 0.1
 # Phases of a plan, and what step metrics call them.
 PHASES = {"rollout": "rollout", "score": "teacher", "train": "student"}
@@ -104,30 +104,41 @@ class Peaks:
 
 
 class Watcher(threading.Thread):
-    """Looks at the daemon and its workers until it is told to stop."""
+    """Looks at the daemon and its worker until it is told to stop.
+
+    Seldom for a worker: that reads every process there is, and the run would feel it.
+    """
 
     def __init__(self, daemon: psutil.Process) -> None:
         super().__init__(daemon=True)
         self.peaks = Peaks()
         self._daemon = daemon
+        self._worker: psutil.Process | None = None
         self._stopped = threading.Event()
 
     def run(self) -> None:
         """Look."""
+        looked = 0.0
         while not self._stopped.wait(SAMPLE_SECONDS) and self._daemon.is_running():
             self.peaks.daemon = max(self.peaks.daemon, self._daemon.memory_info().rss)
-            for child in self._daemon.children():
-                try:
-                    if "opd_daemon.runs.worker_main" in child.cmdline():
-                        self.peaks.worker = max(self.peaks.worker, child.memory_info().rss)
-                except psutil.Error:
-                    continue
+            try:
+                if self._worker:
+                    self.peaks.worker = max(self.peaks.worker, self._worker.memory_info().rss)
+                elif time.monotonic() - looked > LOOK_SECONDS:
+                    looked = time.monotonic()
+                    self._worker = next((child for child in self._daemon.children() if _is_worker(child)), None)
+            except psutil.Error:
+                self._worker = None
 
     def stop(self) -> Peaks:
         """What was seen."""
         self._stopped.set()
         self.join()
         return self.peaks
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    return "opd_daemon.runs.worker_main" in process.cmdline()
 
 
 def main() -> None:

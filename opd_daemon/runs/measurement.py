@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import statistics
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -54,8 +54,8 @@ MOST_LAYERS = 9
 LAYERS_BYTES = 1 << 29
 SMALLER = 3
 
-# Points are measured again until they have taken so long, the first one at least twice, as it finds nothing warm; of
-# several times the middle one counts, of two the shorter. No further points are tried after the budget.
+# Points are measured again until they have taken so long, and the mean counts, as a run's time is a sum too. The very
+# first time finds nothing warm and doesn't count. No further points are tried after the budget.
 ENOUGH_SECONDS = 0.7
 MOST_REPEATS = 5
 BUDGET_SECONDS = 20.0
@@ -202,9 +202,9 @@ class Measurer:
                 step.update()
                 step = next(steps)
                 tries.append([*found, ("update", Update(1), time.perf_counter() - updating)])
-            for same in zip(*tries, strict=True):
-                kind, item, seconds = sorted(same, key=itemgetter(2))[(len(same) - 1) // 2]
-                self.samples.add(kind, item, self.pair, seconds)
+            for same in zip(*tries[number == 0 :], strict=True):
+                kind, item, _ = same[0]
+                self.samples.add(kind, item, self.pair, statistics.fmean(seconds for _, _, seconds in same))
             self._compare(context, point)
             if time.perf_counter() - began > BUDGET_SECONDS:
                 break
