@@ -324,10 +324,11 @@ def _evaluation(config: RunConfig, lengths: Lengths) -> list[Task]:
         Task("evaluate", "compare", compared, batches * times),
         Task("evaluate", "sample", Decode(min(SHOWN_ANSWERS, count), prompt, tokens, min(SHOWN_ANSWERS, count)), 2),
     ]
-    checked = min(CHECKED, count)
+    checked, few = min(CHECKED, count), min(tokens, CHECKED_TOKENS)
     tasks += [
         Task("evaluate", "score", scored(checked)),
-        Task("evaluate", "sample", Decode(checked, prompt, min(tokens, CHECKED_TOKENS), checked)),
+        Task("evaluate", "sample", Decode(checked, prompt, few, checked)),
+        Task("evaluate", "compare", Forward(checked, _padded(prompt + few), checked * few)),
     ]
     if own := own_samples(config, lengths):
         batches = -(-own // config.batch_size)
