@@ -19,7 +19,7 @@ from opd_daemon.distill.peft import PEFT_WEIGHTS
 from opd_daemon.distill.planning import DiskSpace, RunFacts, plan
 from opd_daemon.distill.shape import adapter_parameters, in_float32, shape_of, stored_parameters
 from opd_daemon.distill.student import Student
-from opd_daemon.distill.workload import Decode, Forward, Lengths, Regime, measure_lengths, workload_of
+from opd_daemon.distill.workload import CHECKED, Decode, Forward, Lengths, Regime, measure_lengths, workload_of
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.models.folder import read_folder
 from opd_daemon.trainer import TrainerInfo
@@ -193,7 +193,8 @@ def test_the_teacher_works_on_what_it_reads_itself() -> None:
     assert written == {("rollout", 120), ("evaluate", 220)}
     scored = {(phase, item.length) for phase, kind, item, _ in done if kind == "score"}
     assert scored == {("score", 160), ("evaluate", 260)}
-    assert {item.length for _, kind, item, _ in done if kind in {"learn", "compare"}} == {64}
+    # 20 + 40 tokens, and 20 + 12 where the student is checked.
+    assert {item.length for _, kind, item, _ in done if kind in {"learn", "compare"}} == {64, 32}
 
 
 def test_given_completions_are_as_long_as_they_are() -> None:
@@ -221,10 +222,10 @@ def test_evaluations_are_counted() -> None:
         done = work({**SIZES, "max_eval_samples": 0, **changes}, regime, LENGTHS)
         return sum(count * item.sequences for _, kind, item, count in done if kind == "compare")
 
-    assert compared(eval_every=100) == 2 * 8
-    assert compared(eval_every=5) == 3 * 8
-    assert compared(eval_every=5, max_eval_samples=4) == 3 * (8 + 4)
-    assert compared(eval_every=5, max_eval_samples=4, precompute=True) == 3 * 8
+    assert compared(eval_every=100) == CHECKED + 2 * 8
+    assert compared(eval_every=5) == CHECKED + 3 * 8
+    assert compared(eval_every=5, max_eval_samples=4) == CHECKED + 3 * (8 + 4)
+    assert compared(eval_every=5, max_eval_samples=4, precompute=True) == CHECKED + 3 * 8
 
 
 @pytest.mark.parametrize(
