@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import pairwise
 
 from opd_daemon.distill.metrics import median
 
@@ -13,7 +14,8 @@ class Pace:
     """Medians of the recent steps: of the completions, and of everything else.
 
     Completions made ahead for later steps are paid for in one step; their time is spread over the steps they are for,
-    so that such a step is no spike and the others are not taken for free.
+    so that such a step is no spike and the others are not taken for free. Everything else counts by two steps in a
+    row: with rollouts a step ahead every other step waits for the teacher.
     """
 
     def __init__(self) -> None:
@@ -37,5 +39,6 @@ class Pace:
 
     def seconds(self, steps: int, rollouts: int, evaluations: int) -> float:
         """For so many steps, completions for so many of them, and evaluations."""
-        work = steps * median(self._others) + rollouts * median(self._rollouts)
+        pairs = [(one + next_one) / 2 for one, next_one in pairwise(self._others)]
+        work = steps * median(pairs or self._others) + rollouts * median(self._rollouts)
         return work + evaluations * (self._evaluation or 0.0)

@@ -42,3 +42,12 @@ def test_the_first_evaluation_is_not_taken_as_the_rule() -> None:
 
 def test_nothing_is_expected_before_anything_was_measured() -> None:
     assert Pace().seconds(steps=10, rollouts=10, evaluations=3) == 0.0
+
+
+def test_steps_that_alternate_change_nothing() -> None:
+    pace = Pace()
+    left = []
+    for number in range(1, 9):
+        pace.step(4.0 if number % 2 else 2.0, 0.0)
+        left.append(pace.seconds(20 - number, 0, 0))
+    assert left[1:] == [3.0 * (20 - number) for number in range(2, 9)]
