@@ -10,7 +10,7 @@ from collections.abc import Mapping
 M_ARENA_MAX, HEAPS = -8, 2
 
 # glibc gives a large block back to the system once it is freed, and asks for it again in the next step, zeroed page by
-# page: about a seventh of a gradient's time on a CPU. With these it keeps what is freed.
+# page. With these it keeps what is freed.
 TUNABLES = "GLIBC_TUNABLES"
 KEEPING = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"
 
