@@ -4,6 +4,8 @@
 
 Every run is planned by a daemon that measures the machine with other models than the run's: of its shapes, but few
 layers and random weights. Time is that from start to end of the run, the teacher's and the student's loading included.
+Once it is done, a daemon that knows nothing plans it again: where the two plans differ, the machine changed its speed,
+and the mean of both says how right plans are apart from that.
 Peak memory is the most resident bytes (RSS) a process was seen with, the daemon's and the worker's added up.
 """
 
@@ -148,8 +150,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache" / "opd-daemon-bench")
     parser.add_argument("--parts", action="store_true", help="show phases and parts too")
     arguments = parser.parse_args()
-    print(f"{'':30} {'time, s':>21}        {'peak memory, MB':>21}")
-    print(f"{'':30} {'planned':>10} {'measured':>10} {'ratio':>6} {'planned':>10} {'measured':>10} {'ratio':>6}")
+    columns = ("planned", "measured", "ratio", "again", "of both", "planned", "measured", "ratio")
+    print(f"{'':28}  {'time, s':>18}{'':28}{'peak memory, MB':>18}")
+    print(f"{'':28}", *(f"{column:>8}" for column in columns))
     for name in arguments.only:
         values = dict(CASES[name])
         student, teacher = models(values.pop("models"), arguments.folder / "models")
@@ -157,9 +160,11 @@ def main() -> None:
         values = {**(REAL if "smollm2" in name else COMMON), **prompts(name, arguments.folder), **values}
         with TemporaryDirectory() as home:  # a daemon that knows nothing of this machine, with an empty cache
             plan, done = plan_and_run(values, Path(home))
-        print(row(name, plan, done), flush=True)
+        with TemporaryDirectory() as home, LocalDaemon(Home(Path(home))) as daemon, daemon.client() as client:
+            again = planned(client, values)
+        print(row(name, plan, done, again), flush=True)
         if arguments.parts:
-            show_parts(plan, done)
+            show_parts(plan, done, again)
 
 
 def models(kind: str, folder: Path) -> tuple[Path, Path]:
@@ -205,8 +210,7 @@ class Done:
 def plan_and_run(values: dict[str, Any], home: Path) -> tuple[Plan, Done]:
     """The plan, and what the run took."""
     with LocalDaemon(Home(home)) as daemon, daemon.client() as client:
-        planned, _ = client.create_run(values, validate_only=True)
-        assert planned.plan is not None
+        plan = planned(client, values)
         (process,) = [child for child in psutil.Process().children() if "opd_daemon.cli" in child.cmdline()]
         watcher = Watcher(process)
         watcher.start()
@@ -216,7 +220,14 @@ def plan_and_run(values: dict[str, Any], home: Path) -> tuple[Plan, Done]:
     assert run.started_at is not None
     assert run.finished_at is not None
     seconds = (run.finished_at - run.started_at).total_seconds()
-    return planned.plan, Done(seconds, phases(run, events, steps), peaks)
+    return plan, Done(seconds, phases(run, events, steps), peaks)
+
+
+def planned(client: Client, values: dict[str, Any]) -> Plan:
+    """The plan of a run by this daemon."""
+    run, _ = client.create_run(values, validate_only=True)
+    assert run.plan is not None
+    return run.plan
 
 
 def phases(run: Run, events: list[Event], steps: list[dict[str, Any]]) -> dict[str, float]:
@@ -256,26 +267,30 @@ def finished(client: Client, values: dict[str, Any]) -> tuple[Run, list[Event]]:
     return run, events
 
 
-def row(name: str, plan: Plan, done: Done) -> str:
+def row(name: str, plan: Plan, done: Done, again: Plan) -> str:
     """One line of the table."""
+    both = (plan.seconds + again.seconds) / 2 / done.seconds
     time_ratio, memory_ratio = plan.seconds / done.seconds, plan.peak_bytes / done.peaks.whole
-    numbers = f"{plan.seconds:10.1f} {done.seconds:10.1f} {time_ratio:6.2f} {plan.peak_bytes / 1e6:10.0f}"
-    marks = "".join("." if abs(ratio - 1) <= AIM else "!" for ratio in (time_ratio, memory_ratio))
-    return f"{name:30} {numbers} {done.peaks.whole / 1e6:10.0f} {memory_ratio:6.2f} {marks}"
+    seconds = f"{plan.seconds:8.1f} {done.seconds:8.1f} {time_ratio:8.2f} {again.seconds:8.1f} {both:8.2f}"
+    memory = f"{plan.peak_bytes / 1e6:8.0f} {done.peaks.whole / 1e6:8.0f} {memory_ratio:8.2f}"
+    marks = "".join("." if abs(ratio - 1) <= AIM else "!" for ratio in (time_ratio, both, memory_ratio))
+    return f"{name:28} {seconds} {memory} {marks}"
 
 
-def show_parts(plan: Plan, done: Done) -> None:
-    """What the plan is made of, beside what was measured."""
-    planned = dict(plan.phases)
-    for phase, seconds in done.phases.items():
-        print(f"    {phase:26} {planned.pop(phase, 0.0):10.1f} {seconds:10.1f}")
-    others, unnamed = " + ".join((*planned, "between")), done.seconds - sum(done.phases.values())
-    print(f"    {others:26} {sum(planned.values()):10.1f} {unnamed:10.1f}")
+def show_parts(plan: Plan, done: Done, again: Plan) -> None:
+    """What the plan is made of, beside what was measured and what was planned once more."""
+    expected, later = dict(plan.phases), dict(again.phases)
+    others = [phase for phase in expected if phase not in done.phases]
+    unnamed = done.seconds - sum(done.phases.values())
+    rows = [(phase, [phase], seconds) for phase, seconds in done.phases.items()]
+    for name, parts, seconds in [*rows, (" + ".join((*others, "between")), others, unnamed)]:
+        first, second = (sum(planned.get(phase, 0.0) for phase in parts) for planned in (expected, later))
+        print(f"    {name:24} {first:8.1f} {seconds:8.1f} {'':8} {second:8.1f}")
     for process, ours, peak in (
         ("daemon", plan.daemon_peak_bytes, done.peaks.daemon),
         ("worker", plan.worker_peak_bytes, done.peaks.worker),
     ):
-        print(f"    {process:55} {ours / 1e6:10.0f} {peak / 1e6:10.0f}")
+        print(f"    {process:69} {ours / 1e6:8.0f} {peak / 1e6:8.0f}")
     print("   ", ", ".join(f"{part.process}/{part.name} {part.bytes / 1e6:.0f}" for part in plan.memory))
 
 
