@@ -146,6 +146,7 @@ class TrainingLoop:
         """Estimate from the recent steps and the evaluations."""
         done, total, every = self.progress.step, self.config.num_steps, self.config.eval_every
         evaluations = -(-total // every) - done // every if done < total else 0
+        evaluations += self._evaluates_at(done) and self.progress.evaluated_step != done
         return self._pace.seconds(total - done, self._rollouts_remaining, evaluations)
 
     @property

@@ -15,7 +15,8 @@ class Pace:
 
     Completions made ahead for later steps are paid for in one step; their time is spread over the steps they are for,
     so that such a step is no spike and the others are not taken for free. Everything else counts by two steps in a
-    row: with rollouts a step ahead every other step waits for the teacher.
+    row: with rollouts a step ahead every other step waits for the teacher. The first step, which also does what is
+    done once, counts until there are two others.
     """
 
     def __init__(self) -> None:
@@ -40,5 +41,5 @@ class Pace:
     def seconds(self, steps: int, rollouts: int, evaluations: int) -> float:
         """For so many steps, completions for so many of them, and evaluations."""
         pairs = [(one + next_one) / 2 for one, next_one in pairwise(self._others)]
-        work = steps * median(pairs or self._others) + rollouts * median(self._rollouts)
+        work = steps * median(pairs[1:] or pairs or self._others) + rollouts * median(self._rollouts)
         return work + evaluations * (self._evaluation or 0.0)

@@ -51,3 +51,11 @@ def test_steps_that_alternate_change_nothing() -> None:
         pace.step(4.0 if number % 2 else 2.0, 0.0)
         left.append(pace.seconds(20 - number, 0, 0))
     assert left[1:] == [3.0 * (20 - number) for number in range(2, 9)]
+
+
+def test_what_the_first_step_does_once_is_not_expected_again() -> None:
+    pace = Pace()
+    pace.step(20.0, 0.0)
+    for _ in range(2):
+        pace.step(4.0, 0.0)
+    assert pace.seconds(steps=10, rollouts=10, evaluations=0) == pytest.approx(40.0)

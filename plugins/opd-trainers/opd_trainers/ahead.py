@@ -53,9 +53,7 @@ class OneAhead:
 
     def _sample(self, step: Step) -> None:
         """Sample for this step and the next one, together."""
-        prompts = list(step.prompts)
-        if step.number < self.context.config.num_steps:
-            prompts += self.context.prompts.take(self.context.loop.progress.cursor + len(prompts), len(prompts))
+        prompts = self.context.loop.upcoming(2 * len(step.prompts))
         repeated = [prompt for prompt in prompts for _ in range(self.options.samples_per_prompt)]
         rollouts = sample(self.context, self.options, repeated, seed=step.seed, version=step.number - 1)
         each = len(step.prompts) * self.options.samples_per_prompt
