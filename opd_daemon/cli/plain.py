@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from opd_daemon.cli.progress import RunProgress
+from opd_daemon.cli.progress import RunProgress, measured
 from opd_daemon.cli.text import clock, duration, one_line, percent, size
 from opd_daemon.types import Event, EventKind, Gauges
 
@@ -65,12 +65,16 @@ def _run_state(payload: dict[str, Any]) -> str:
 
 
 def _metrics(payload: dict[str, Any]) -> str:
-    parts = (
-        f"step {payload['step']}/{payload['total_steps']}",
+    payload = measured(payload)
+    compared = "kl_mean" in payload and (
         f"KL {payload['kl_mean']:.4f}",
         f"agreement {percent(payload['agreement'])}",
         f"top-5 {percent(payload['top5_agreement'])}",
         f"entropy teacher {payload['teacher_entropy']:.3f} student {payload['student_entropy']:.3f}",
+    )
+    parts = (
+        f"step {payload['step']}/{payload['total_steps']}",
+        *(compared or ()),
         f"loss {payload['loss']:.4f}",
         f"{payload['tokens_per_second']:.0f} tok/s",
         f"cache {payload['cache_hits']}/{payload['cache_hits'] + payload['cache_misses']}",

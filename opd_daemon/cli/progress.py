@@ -12,6 +12,18 @@ from opd_daemon.types import Event, EventKind, Gauges, Run, RunState
 
 KEPT_LOG_LINES = 50
 
+# Means over the tokens at which the models were compared.
+COMPARED = frozenset(
+    {"kl_mean", "forward_kl", "reverse_kl", "js_divergence", "agreement", "top5_agreement", "teacher_entropy"}
+)
+
+
+def measured(metrics: dict[str, Any]) -> dict[str, Any]:
+    """A step's metrics without those that were not measured, as where the teacher was not asked."""
+    if metrics.get("compared_tokens") != 0:
+        return metrics
+    return {name: value for name, value in metrics.items() if name not in COMPARED}
+
 
 @dataclass(slots=True)
 class RunProgress:
@@ -117,8 +129,8 @@ class RunProgress:
         self.note(f"{self.state}{f': {self.message}' if self.message else ''}", event.time)
 
     def _metrics(self, event: Event) -> None:
-        self.metrics = event.payload
-        self.first = self.first or event.payload
+        self.metrics = measured(event.payload)
+        self.first = self.first or self.metrics
         self.step, self.total_steps = event.payload["step"], event.payload["total_steps"]
         self.cache_hits += event.payload["cache_hits"]
         self.cache_misses += event.payload["cache_misses"]

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from opd_daemon.cli import exits, output, text
+from opd_daemon.cli.progress import measured
 from opd_daemon.cli.selection import RUN_HELP, find_run
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from opd_daemon.client import Client
     from opd_daemon.types import Run
 
@@ -171,28 +174,34 @@ def _live_run(client: Client) -> Run:
 
 
 def _row(run: Run) -> tuple[str, ...]:
-    latest = run.latest_metrics
+    latest = measured(run.latest_metrics or {})
     eta = "" if run.state.resting or run.seconds_remaining is None else text.duration(run.seconds_remaining)
     return (
         run.run_id,
         str(run.state),
         f"{run.step}/{run.total_steps}",
-        f"{latest['kl_mean']:.3f}" if latest else "",
-        text.percent(latest["agreement"]) if latest else "",
+        _shown(latest, "kl_mean", "{:.3f}".format),
+        _shown(latest, "agreement", text.percent),
         eta,
         text.day_and_clock(run.created_at),
     )
 
 
+def _shown(metrics: dict[str, Any], name: str, write: Callable[[float], str]) -> str:
+    """A number as it is written, or nothing where it wasn't measured."""
+    return write(metrics[name]) if name in metrics else ""
+
+
 def _metrics_row(step: dict[str, Any]) -> tuple[str, ...]:
+    step = measured(step)
     return (
         str(step["step"]),
         f"{step['loss']:.4f}",
-        f"{step['kl_mean']:.4f}",
-        text.percent(step["agreement"]),
-        text.percent(step["top5_agreement"]),
-        f"{step['teacher_entropy']:.3f}",
-        f"{step['student_entropy']:.3f}",
+        _shown(step, "kl_mean", "{:.4f}".format),
+        _shown(step, "agreement", text.percent),
+        _shown(step, "top5_agreement", text.percent),
+        _shown(step, "teacher_entropy", "{:.3f}".format),
+        _shown(step, "student_entropy", "{:.3f}".format),
         f"{step['tokens_per_second']:.0f}",
         f"{step['cache_hits']}/{step['cache_hits'] + step['cache_misses']}",
     )
@@ -214,7 +223,7 @@ def _evaluation_row(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _facts(run: Run, checkpoints: list[str]) -> list[tuple[str, str]]:
-    latest, plan = run.latest_metrics, run.plan
+    latest, plan = measured(run.latest_metrics or {}), run.plan
     share = f" ({100 * run.step / run.total_steps:.0f} %)" if run.total_steps else ""
     return [
         ("run", run.run_id),
@@ -225,8 +234,8 @@ def _facts(run: Run, checkpoints: list[str]) -> list[tuple[str, str]]:
         ("trainer", str(run.config.get("trainer", ""))),
         ("teacher", str(run.config.get("teacher_model_path", ""))),
         ("student", str(run.config.get("base_model_path", ""))),
-        ("KL", f"{latest['kl_mean']:.4f}" if latest else ""),
-        ("agreement", text.percent(latest["agreement"]) if latest else ""),
+        ("KL", _shown(latest, "kl_mean", "{:.4f}".format)),
+        ("agreement", _shown(latest, "agreement", text.percent)),
         ("plan", f"{text.duration(plan.seconds)}, {text.size(plan.peak_bytes)} of memory" if plan else ""),
         ("checkpoints", ", ".join(checkpoints)),
         ("adapter", run.adapter_path),

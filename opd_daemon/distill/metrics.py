@@ -22,6 +22,7 @@ class TokenRecord:
 
     values: dict[str, list[npt.NDArray[np.float32]]] = field(default_factory=dict)
     rollouts: list[Rollout] = field(default_factory=list)
+    asked: int = 0
     cache_hits: int = 0
     loss: float = 0.0
     count: float = 0.0
@@ -43,6 +44,7 @@ class TokenRecord:
         self.rows += len(result.batch.rows)
         self.micro_batches += 1
         self.exact = result.batch.rows.exact
+        self.asked += sum(target.asked for target in result.batch.targets)
         self.cache_hits += sum(target.cached for target in result.batch.targets)
         self.take(result.batch.rollouts)
 
@@ -50,6 +52,16 @@ class TokenRecord:
     def tokens(self) -> int:
         """Completion tokens."""
         return sum(len(rollout.completion_ids) for rollout in self.rollouts)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Those of them that are trained on."""
+        return sum(rollout.trained_tokens for rollout in self.rollouts)
+
+    @property
+    def compared_tokens(self) -> int:
+        """Tokens at which the models were compared: none where the teacher is not asked, or all is masked."""
+        return sum(map(len, self.values.get("forward_kl", ())))
 
     def share(self, stopped: str) -> float:
         """Share of the rollouts that ended this way."""
@@ -111,7 +123,7 @@ def step_metrics(
 ) -> StepMetrics:
     """Metrics of one optimizer update."""
     divergence = record.of("kl")
-    samples, tokens = len(record.rollouts), record.tokens
+    samples, tokens, trained = len(record.rollouts), record.tokens, record.trained_tokens
     return StepMetrics(
         step=step,
         total_steps=total_steps,
@@ -132,9 +144,9 @@ def step_metrics(
         temperature=temperature,
         learning_rate=learning_rate,
         grad_norm=grad_norm,
-        tokens=tokens,
+        tokens=trained,
         samples=samples,
-        tokens_per_second=1000.0 * tokens / max(times.step_milliseconds, 1e-3),
+        tokens_per_second=1000.0 * trained / max(times.step_milliseconds, 1e-3),
         rollout_milliseconds=times.phases.get("rollout", 0.0),
         teacher_milliseconds=times.phases.get("score", 0.0),
         student_milliseconds=times.phases.get("train", 0.0),
@@ -142,7 +154,7 @@ def step_metrics(
         completion_length=tokens / max(samples, 1),
         truncated_fraction=record.share("length"),
         cache_hits=record.cache_hits,
-        cache_misses=samples - record.cache_hits,
+        cache_misses=record.asked - record.cache_hits,
         active_memory_bytes=memory.active_bytes,
         peak_memory_bytes=memory.peak_bytes,
         seconds_elapsed=times.seconds_elapsed,
@@ -163,6 +175,7 @@ def step_metrics(
         rollout_peak_bytes=times.peaks.get("rollout", 0),
         teacher_peak_bytes=times.peaks.get("score", 0),
         student_peak_bytes=times.peaks.get("train", 0),
+        compared_tokens=record.compared_tokens,
     )
 
 

@@ -60,6 +60,11 @@ class Rollout:
         return self.stopped == "stop"
 
     @property
+    def trained_tokens(self) -> int:
+        """How many of its tokens are trained on."""
+        return len(self.completion_ids) if self.trained is None else int(self.trained.sum())
+
+    @property
     def token_ids(self) -> Int32:
         """Prompt and completion as the student reads them, `(n,)`."""
         return np.array([*self.prompt.token_ids, *self.completion_ids], dtype=np.int32)

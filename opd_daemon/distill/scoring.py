@@ -42,6 +42,11 @@ class TeacherTargets:
     hidden: npt.NDArray[Any] | None = None
     hidden_dtype: HiddenDtype = "float32"
 
+    @property
+    def asked(self) -> bool:
+        """Whether a teacher said anything."""
+        return self.top_ids is not None or self.hidden is not None
+
     def at(self, places: npt.NDArray[np.int64]) -> TeacherTargets:
         """The same at some of the positions."""
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}

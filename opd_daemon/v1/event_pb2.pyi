@@ -45,7 +45,7 @@ class _RunStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunState.Val
     RUN_STATE_FAILED: _RunState.ValueType  # 8
     """Resting: an error ended it; see Run.error. Resumable."""
     RUN_STATE_INTERRUPTED: _RunState.ValueType  # 9
-    """Resting: its worker or the daemon died. Resumable from the last checkpoint."""
+    """Resting: it ended unfinished, as its worker or the daemon died or was stopped; see Run.error. Resumable from the last checkpoint."""
 
 class RunState(_RunState, metaclass=_RunStateEnumTypeWrapper):
     """State of a run. Clients must expect new values."""
@@ -69,7 +69,7 @@ RUN_STATE_STOPPED: RunState.ValueType  # 7
 RUN_STATE_FAILED: RunState.ValueType  # 8
 """Resting: an error ended it; see Run.error. Resumable."""
 RUN_STATE_INTERRUPTED: RunState.ValueType  # 9
-"""Resting: its worker or the daemon died. Resumable from the last checkpoint."""
+"""Resting: it ended unfinished, as its worker or the daemon died or was stopped; see Run.error. Resumable from the last checkpoint."""
 Global___RunState: _TypeAlias = RunState  # noqa: Y015
 
 class _LogLevel:
@@ -240,7 +240,9 @@ Global___RunStateChanged: _TypeAlias = RunStateChanged  # noqa: Y015
 
 @_typing.final
 class StepMetrics(_message.Message):
-    """One optimizer update. Losses and KLs in nats per token."""
+    """One optimizer update. Losses and KLs in nats per token. A run that goes on from a checkpoint makes the steps after it again: what
+    comes later replaces what the log told of that step and of those after it; so do evaluations and checkpoints.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -294,18 +296,19 @@ class StepMetrics(_message.Message):
     ROLLOUT_PEAK_BYTES_FIELD_NUMBER: _builtins.int
     TEACHER_PEAK_BYTES_FIELD_NUMBER: _builtins.int
     STUDENT_PEAK_BYTES_FIELD_NUMBER: _builtins.int
+    COMPARED_TOKENS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The step, from 1."""
     total_steps: _builtins.int
     """Steps the run has in all."""
     loss: _builtins.float
-    """kl_weight · kl_loss + ce_weight · ce_loss."""
+    """kl_weight · kl_loss + ce_weight · ce_loss; with loss_mean "sequence" the mean over sequences, which that isn't."""
     kl_loss: _builtins.float
     """The trained divergence at `temperature`, times temperature²."""
     ce_loss: _builtins.float
     """Cross-entropy of the target tokens; 0 when ce_weight is 0."""
     kl_mean: _builtins.float
-    """The trained divergence per token, before temperature²: mean over the step's tokens …"""
+    """The trained divergence per token, before temperature², 0 when kl_weight is 0: mean over the step's tokens …"""
     kl_std: _builtins.float
     """… its standard deviation …"""
     kl_max: _builtins.float
@@ -313,7 +316,9 @@ class StepMetrics(_message.Message):
     kl_min: _builtins.float
     """… and its smallest."""
     forward_kl: _builtins.float
-    """KL(teacher ‖ student) at temperature 1 over the sparse support with its tail: a lower bound of the exact value."""
+    """KL(teacher ‖ student) at temperature 1: where `exact` is false, over the sparse support with its tail, which is a lower
+    bound.
+    """
     reverse_kl: _builtins.float
     """KL(student ‖ teacher), likewise."""
     js_divergence: _builtins.float
@@ -333,9 +338,9 @@ class StepMetrics(_message.Message):
     grad_norm: _builtins.float
     """Global norm of the gradient before clipping."""
     tokens: _builtins.int
-    """Tokens trained on in this step."""
+    """Completion tokens trained on in this step."""
     samples: _builtins.int
-    """Sequences trained on in this step."""
+    """Sequences of this step, those that are masked whole too."""
     tokens_per_second: _builtins.float
     """Tokens divided by the step's whole time."""
     rollout_milliseconds: _builtins.float
@@ -396,6 +401,10 @@ class StepMetrics(_message.Message):
     """… while the teacher scored …"""
     student_peak_bytes: _builtins.int
     """… and while training."""
+    compared_tokens: _builtins.int
+    """Tokens at which the models were compared: fields 6 to 15 are about them. 0: they were not, as in a run on
+    cross-entropy alone, and those fields say nothing. Absent from events of a daemon that didn't tell.
+    """
     def __init__(
         self,
         *,
@@ -449,19 +458,24 @@ class StepMetrics(_message.Message):
         rollout_peak_bytes: _builtins.int = ...,
         teacher_peak_bytes: _builtins.int = ...,
         student_peak_bytes: _builtins.int = ...,
+        compared_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bias_gap", b"_bias_gap", "_student_support_mass", b"_student_support_mass", "_teacher_support_mass", b"_teacher_support_mass", "bias_gap", b"bias_gap", "student_support_mass", b"student_support_mass", "teacher_support_mass", b"teacher_support_mass"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bias_gap", b"_bias_gap", "_compared_tokens", b"_compared_tokens", "_student_support_mass", b"_student_support_mass", "_teacher_support_mass", b"_teacher_support_mass", "bias_gap", b"bias_gap", "compared_tokens", b"compared_tokens", "student_support_mass", b"student_support_mass", "teacher_support_mass", b"teacher_support_mass"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bias_gap", b"_bias_gap", "_student_support_mass", b"_student_support_mass", "_teacher_support_mass", b"_teacher_support_mass", "active_memory_bytes", b"active_memory_bytes", "agreement", b"agreement", "bias_gap", b"bias_gap", "bias_tokens", b"bias_tokens", "cache_hits", b"cache_hits", "cache_misses", b"cache_misses", "ce_loss", b"ce_loss", "clipped_fraction", b"clipped_fraction", "completion_length", b"completion_length", "exact", b"exact", "forward_kl", b"forward_kl", "grad_norm", b"grad_norm", "js_divergence", b"js_divergence", "kl_loss", b"kl_loss", "kl_max", b"kl_max", "kl_mean", b"kl_mean", "kl_min", b"kl_min", "kl_std", b"kl_std", "learning_rate", b"learning_rate", "loss", b"loss", "micro_batches", b"micro_batches", "on_policy_fraction", b"on_policy_fraction", "peak_memory_bytes", b"peak_memory_bytes", "repetition_fraction", b"repetition_fraction", "reverse_kl", b"reverse_kl", "rollout_milliseconds", b"rollout_milliseconds", "rollout_peak_bytes", b"rollout_peak_bytes", "rollout_tokens_per_second", b"rollout_tokens_per_second", "samples", b"samples", "seconds_elapsed", b"seconds_elapsed", "seconds_remaining", b"seconds_remaining", "staleness", b"staleness", "step", b"step", "step_milliseconds", b"step_milliseconds", "student_entropy", b"student_entropy", "student_milliseconds", b"student_milliseconds", "student_peak_bytes", b"student_peak_bytes", "student_support_mass", b"student_support_mass", "student_tokens_per_second", b"student_tokens_per_second", "teacher_entropy", b"teacher_entropy", "teacher_milliseconds", b"teacher_milliseconds", "teacher_peak_bytes", b"teacher_peak_bytes", "teacher_support_mass", b"teacher_support_mass", "teacher_tokens_per_second", b"teacher_tokens_per_second", "temperature", b"temperature", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "top5_agreement", b"top5_agreement", "total_steps", b"total_steps", "truncated_fraction", b"truncated_fraction"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bias_gap", b"_bias_gap", "_compared_tokens", b"_compared_tokens", "_student_support_mass", b"_student_support_mass", "_teacher_support_mass", b"_teacher_support_mass", "active_memory_bytes", b"active_memory_bytes", "agreement", b"agreement", "bias_gap", b"bias_gap", "bias_tokens", b"bias_tokens", "cache_hits", b"cache_hits", "cache_misses", b"cache_misses", "ce_loss", b"ce_loss", "clipped_fraction", b"clipped_fraction", "compared_tokens", b"compared_tokens", "completion_length", b"completion_length", "exact", b"exact", "forward_kl", b"forward_kl", "grad_norm", b"grad_norm", "js_divergence", b"js_divergence", "kl_loss", b"kl_loss", "kl_max", b"kl_max", "kl_mean", b"kl_mean", "kl_min", b"kl_min", "kl_std", b"kl_std", "learning_rate", b"learning_rate", "loss", b"loss", "micro_batches", b"micro_batches", "on_policy_fraction", b"on_policy_fraction", "peak_memory_bytes", b"peak_memory_bytes", "repetition_fraction", b"repetition_fraction", "reverse_kl", b"reverse_kl", "rollout_milliseconds", b"rollout_milliseconds", "rollout_peak_bytes", b"rollout_peak_bytes", "rollout_tokens_per_second", b"rollout_tokens_per_second", "samples", b"samples", "seconds_elapsed", b"seconds_elapsed", "seconds_remaining", b"seconds_remaining", "staleness", b"staleness", "step", b"step", "step_milliseconds", b"step_milliseconds", "student_entropy", b"student_entropy", "student_milliseconds", b"student_milliseconds", "student_peak_bytes", b"student_peak_bytes", "student_support_mass", b"student_support_mass", "student_tokens_per_second", b"student_tokens_per_second", "teacher_entropy", b"teacher_entropy", "teacher_milliseconds", b"teacher_milliseconds", "teacher_peak_bytes", b"teacher_peak_bytes", "teacher_support_mass", b"teacher_support_mass", "teacher_tokens_per_second", b"teacher_tokens_per_second", "temperature", b"temperature", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "top5_agreement", b"top5_agreement", "total_steps", b"total_steps", "truncated_fraction", b"truncated_fraction"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bias_gap: _TypeAlias = _typing.Literal["bias_gap"]  # noqa: Y015
     _WhichOneofArgType__bias_gap: _TypeAlias = _typing.Literal["_bias_gap", b"_bias_gap"]  # noqa: Y015
+    _WhichOneofReturnType__compared_tokens: _TypeAlias = _typing.Literal["compared_tokens"]  # noqa: Y015
+    _WhichOneofArgType__compared_tokens: _TypeAlias = _typing.Literal["_compared_tokens", b"_compared_tokens"]  # noqa: Y015
     _WhichOneofReturnType__student_support_mass: _TypeAlias = _typing.Literal["student_support_mass"]  # noqa: Y015
     _WhichOneofArgType__student_support_mass: _TypeAlias = _typing.Literal["_student_support_mass", b"_student_support_mass"]  # noqa: Y015
     _WhichOneofReturnType__teacher_support_mass: _TypeAlias = _typing.Literal["teacher_support_mass"]  # noqa: Y015
     _WhichOneofArgType__teacher_support_mass: _TypeAlias = _typing.Literal["_teacher_support_mass", b"_teacher_support_mass"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__bias_gap) -> _WhichOneofReturnType__bias_gap | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__compared_tokens) -> _WhichOneofReturnType__compared_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__student_support_mass) -> _WhichOneofReturnType__student_support_mass | None: ...
     @_typing.overload
@@ -732,7 +746,7 @@ class LogLine(_message.Message):
     level: Global___LogLevel.ValueType
     """How much it matters."""
     text: _builtins.str
-    """One line of text."""
+    """One line of text; beyond 8000 characters it is shortened."""
     def __init__(
         self,
         *,

@@ -68,6 +68,26 @@ def test_what_no_token_tells_is_not_known() -> None:
     assert (found.bias_gap, found.bias_tokens, found.teacher_support_mass) == (0.5, 1, 0.625)
 
 
+def test_a_step_without_a_teacher_says_that_it_compared_nothing() -> None:
+    made = [rollout(0, 2, source="data"), rollout(1, 3, source="data")]
+    record = TokenRecord()
+    record.add(result(made, exact=False, ce=[1.0] * 5, student_entropy=[2.0] * 5))
+    found = metrics(record)
+    assert (found.compared_tokens, found.cache_hits, found.cache_misses) == (0, 0, 0)
+    assert (found.ce_loss, found.student_entropy, found.tokens) == (1.0, 2.0, 5)
+    record.add(result([rollout(2, 4)], kl=[1.0] * 4, forward_kl=[1.0] * 4))
+    found = metrics(record)
+    assert (found.compared_tokens, found.cache_misses) == (4, 1)
+
+
+def test_tokens_are_those_that_are_trained_on() -> None:
+    made = [rollout(0, 4), rollout(1, 6, trained=np.array([True] * 2 + [False] * 4))]
+    record = TokenRecord()
+    record.add(result(made, kl=[1.0] * 6))
+    found = metrics(record)
+    assert (found.tokens, found.completion_length) == (6, 5.0)
+
+
 def test_rollouts_are_counted_once_also_those_that_are_not_trained_on() -> None:
     made = [
         rollout(0, 2, version=6),
@@ -80,10 +100,10 @@ def test_rollouts_are_counted_once_also_those_that_are_not_trained_on() -> None:
     record.add(result(made[:2], cached=True, kl=[0.0] * 6))
     record.add(result(made[3:], kl=[0.0] * 8))
     found = metrics(record)
-    assert (found.samples, found.tokens, found.completion_length) == (4, 20, 5.0)
+    assert (found.samples, found.tokens, found.completion_length) == (4, 14, 5.0)
     assert (found.truncated_fraction, found.repetition_fraction, found.on_policy_fraction) == (0.25, 0.25, 0.75)
     assert found.staleness == 1
-    assert (found.cache_hits, found.cache_misses) == (2, 2)
+    assert (found.cache_hits, found.cache_misses) == (2, 1)
     assert (found.rollout_tokens_per_second, found.teacher_tokens_per_second) == (10.0, 0.0)
     assert found.student_tokens_per_second == 28.0
 
