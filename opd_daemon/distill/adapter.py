@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +143,8 @@ def adapter_faults(folder: Path, base: dict[str, TensorHeader], bits: int) -> li
     faults = (_tensor_fault(name, shape, base, config.rank, bits) for name, shape in sorted(shapes.items()))
     if problem := next(filter(None, faults), ""):
         return [f"{file}: {problem}"]
+    if problem := _outside(shapes, base, config.num_layers):
+        return [f"{file}: {problem}"]
     if lacking := _incomplete(shapes, dora=config.dora):
         return [f"{file}: {lacking} is missing; copy the file again"]
     return [] if shapes else [f"{file}: holds no tensors"]
@@ -159,6 +161,20 @@ def _tensor_fault(name: str, shape: tuple[int, ...], base: dict[str, TensorHeade
     if (wanted := _expected_shape(leaf, weight, rank, bits)) and shape != wanted:
         return f"{name} has shape {shape}, the base model needs {wanted}"
     return ""
+
+
+def _outside(shapes: Iterable[str], base: Iterable[str], num_layers: int) -> str:
+    """Which adapted block is none of the last ones; empty where all are."""
+    first = min(_blocks(shapes), default=0)
+    count = max(_blocks(base), default=-1) + 1
+    if num_layers <= 0 or first >= count - num_layers:
+        return ""
+    return f"adapts block {first} of {count} with num_layers {num_layers}; mlx-lm can adapt only a model's last blocks"
+
+
+def _blocks(names: Iterable[str]) -> set[int]:
+    """Numbers of the blocks that tensors belong to."""
+    return {int(match[1]) for name in names if (match := BLOCK_LAYER.search(name))}
 
 
 def lora_faults(lora: LoraConfig, base: ModelFolder) -> Iterator[tuple[str, str]]:

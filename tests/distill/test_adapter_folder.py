@@ -93,6 +93,17 @@ def test_what_mlx_lm_cannot_hold_of_peft_is_refused(
     assert caught.value.reason == Reason.INVALID_RUN_CONFIG
 
 
+def test_peft_adapters_of_other_blocks_than_the_last_are_refused(tiny_student: Path, tmp_path: Path) -> None:
+    written(tiny_student, tmp_path)
+    folder = only_peft(tmp_path)
+    tensors = load_file(folder / PEFT_WEIGHTS)
+    save_file({name: tensor for name, tensor in tensors.items() if ".layers.0." in name}, folder / PEFT_WEIGHTS)
+    base = read_folder(tiny_student)
+    assert "adapts block 0 of 2 with num_layers 1" in adapter_faults(folder, base.tensors, base.bits)[0]
+    save_file({name: tensor for name, tensor in tensors.items() if ".layers.1." in name}, folder / PEFT_WEIGHTS)
+    assert adapter_faults(folder, base.tensors, base.bits) == []
+
+
 def test_peft_adapters_of_other_kinds_of_tensors_are_refused(tiny_student: Path, tmp_path: Path) -> None:
     written(tiny_student, tmp_path)
     folder = only_peft(tmp_path)
