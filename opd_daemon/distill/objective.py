@@ -30,12 +30,14 @@ class Objective:
     """kl_weight · T² · divergence + ce_weight · cross-entropy, summed over rows with what each of them weighs.
 
     head: gives the teacher's head, which turns its hidden states into logits; not called before there are some.
+    measures_bias: whether the divergence can be had from whole distributions, where those are known beside the signal.
     """
 
     divergence: Divergence
     kl_weight: float
     ce_weight: float
     head: Callable[[], HeadMatrix] | None = None
+    measures_bias: bool = True
 
     @classmethod
     def from_config(
@@ -50,13 +52,15 @@ class Objective:
         Raises:
             OpdError: INVALID_RUN_CONFIG, with the reason, for a divergence, options or a signal that don't go.
         """
+        info = registry.find(config.divergence, offered)
         divergence = registry.create(
-            registry.find(config.divergence, offered),
+            info,
             config.divergence_options,
             temperature=config.temperature,
             signal=config.signal,
         )
-        return cls(divergence, config.kl_weight, config.ce_weight, cache(head) if head else None)
+        exact = "exact" in info.signals
+        return cls(divergence, config.kl_weight, config.ce_weight, cache(head) if head else None, measures_bias=exact)
 
     def gradient(self, logits: mx.array, rows: Rows, *, reuse: bool = False) -> tuple[mx.array, TokenValues, mx.array]:
         """Loss summed over the rows, what is known of every token, and the loss's gradient at the logits `(N, V)`.
@@ -153,7 +157,7 @@ class Objective:
         return mx.zeros((len(rows),), dtype=mx.bool_)
 
     def _bias(self, logits: mx.array, rows: Rows, approximate: mx.array) -> TokenValues:
-        if rows.hidden is None or self.head is None or not len(known := rows.hidden.known):
+        if not self.measures_bias or rows.hidden is None or self.head is None or not len(known := rows.hidden.known):
             return {}
         places = mx.array(known)
         found = self.divergence.values(logits[places], ExactSignal(self._teacher(rows)))

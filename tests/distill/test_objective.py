@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from opd_daemon.config import LoraConfig, RunConfig, parse_config
+from opd_daemon.distill import registry
 from opd_daemon.distill.batches import Labels, packed
 from opd_daemon.distill.data import Prompt
 from opd_daemon.distill.gradients import BatchGradient, gradient
@@ -194,6 +196,22 @@ def test_the_bias_meter_tells_how_much_a_sparse_signal_misses(student: Student, 
     assert gaps == pytest.approx(truth - values, abs=2e-5)
     assert gaps.mean() > 0.01
     assert all("bias_gap" not in result.values for result in exact)
+
+
+def test_a_divergence_of_sparse_signals_alone_has_no_exact_value_to_compare_with(
+    student: Student, wide_teacher: LocalTeacher
+) -> None:
+    sparse = configured(divergence="mine", signal="sparse", top_k=4, exact_fraction=1.0)
+    offered = {"mine": replace(registry.BUILT_IN["forward_kl"], name="mine", signals=("sparse",))}
+    objective = Objective.from_config(sparse, head=lambda: pytest.fail("nobody needs the head"), offered=offered)
+    (batch,) = packed(
+        rollouts()[:2],
+        ask(wide_teacher, rollouts()[:2], sparse, masked(student, wide_teacher)),
+        size=2,
+        temperature=sparse.temperature,
+        labels="completion",
+    )
+    assert "bias_gap" not in gradient(student, batch, objective).values
 
 
 def test_a_sampled_step_weighs_by_what_sampled(student: Student, wide_teacher: LocalTeacher) -> None:
