@@ -29,6 +29,7 @@ from opd_daemon.distill.precompute import precompute
 from opd_daemon.distill.step import StopRequested
 from opd_daemon.distill.student import Student, load_tokenizer_of
 from opd_daemon.distill.teacher_head import HeadMatrix
+from opd_daemon.distill.workload import STUDENT_DECODES, Regime
 from opd_daemon.errors import OUT_OF_MEMORY_SIGNS, OpdError, Reason
 from opd_daemon.home import RunFolders
 from opd_daemon.memory_limit import lift_memory_limit
@@ -71,7 +72,8 @@ def run_trainer(
             precompute(teacher, prompts, config, trainer=trainer, masked_token_ids=masked, journal=journal)
         student = load_student(config)
         mask_vocabulary(student, teacher, unshared)
-        student.largest_batch = max(1, student.largest_batch >> memory_halvings)
+        if memory_halvings:
+            student.largest_batch = max(1, sampled_together(config, trainer) >> memory_halvings)
         head = cache(lambda: HeadMatrix(teacher.head(), student.vocabulary))
         loop = TrainingLoop(
             config=config,
@@ -183,6 +185,12 @@ def say_support(config: RunConfig, trainer: TrainerInfo, journal: Journal) -> No
     if config.signal == "sparse" and config.support != "teacher" and others:
         message = f"support {config.support}: completions the student didn't sample bring no ids of its own"
         journal.log(f"{message}; the teacher's top {config.top_k} carry the divergence there")
+
+
+def sampled_together(config: RunConfig, trainer: TrainerInfo) -> int:
+    """Most sequences that the student decodes at once."""
+    step = config.batch_size * config.gradient_accumulation_steps
+    return min(STUDENT_DECODES, max(config.max_eval_samples, step * (1 + Regime.of(config, trainer).staleness)))
 
 
 def load_student(config: RunConfig) -> Student:

@@ -223,7 +223,7 @@ def workload_of(config: RunConfig, regime: Regime, lengths: Lengths) -> Workload
     pairs = list(zip(lengths.train, trained, strict=True))
     batches = _micro_batches(config, regime, pairs)
     widest = _padded(max(prompt + completion for prompt, completion in pairs))
-    largest = Forward(config.batch_size, widest, config.batch_size * max(trained))
+    largest = _largest(config, pairs)
     tasks = (
         *_rollouts(config, regime, lengths),
         *_scoring(config, regime, lengths, trained),
@@ -250,6 +250,20 @@ def _micro_batches(config: RunConfig, regime: Regime, pairs: list[tuple[int, int
             width = _padded(max(prompt + completion for prompt, completion in part))
             batches.append(Forward(len(part), width, sum(completion for _, completion in part)))
     return batches
+
+
+def _largest(config: RunConfig, pairs: list[tuple[int, int]]) -> Forward:
+    """The micro-batch that takes the most memory."""
+    longest: dict[int, int] = {}  # completion by padded width
+    for prompt, completion in pairs:
+        width = _padded(prompt + completion)
+        longest[width] = max(longest.get(width, 0), completion)
+    batches = [
+        Forward(count, width, count * completion)
+        for width, completion in longest.items()
+        if (count := _fitting(config, [width] * config.batch_size))
+    ]
+    return max(batches, key=lambda batch: (batch.sequences * batch.length, batch.rows))
 
 
 def _fitting(config: RunConfig, lengths: list[int]) -> int:

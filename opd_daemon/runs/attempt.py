@@ -57,9 +57,9 @@ class Preflight:
 
 @dataclass(frozen=True, slots=True)
 class Teaching:
-    """The resident teacher: `loaded` names its path, empty when there is none; `ensure` loads another if need be."""
+    """The resident teacher: whether it `holds` the model of a path; `ensure` loads another if need be."""
 
-    loaded: Callable[[], str]
+    holds: Callable[[str], bool]
     ensure: Callable[[str], Awaitable[None]]
 
 
@@ -149,9 +149,11 @@ class Attempt:
         violations = await asyncio.to_thread(self._services.preflight.check, self.config, trainer)
         if violations:
             raise violations_error(violations, Reason.INVALID_RUN_CONFIG)
-        resident = self._services.teaching.loaded() == self.config.teacher_model_path
+        resident = self._services.teaching.holds(self.config.teacher_model_path)
         request = PlanRequest(self.config, trainer, resident)
         plan = await asyncio.to_thread(self._services.preflight.plan, request)
+        if not plan.fits:  # accepted when there was more room, or by force
+            await self._say(f"the run may not fit any more: {'; '.join(plan.warnings)}", "warning")
         if not resident:
             await self._say(f"loading the teacher {Path(self.config.teacher_model_path).name}")
         await self._unless_stopped(self._services.teaching.ensure(self.config.teacher_model_path))

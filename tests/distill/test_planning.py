@@ -215,6 +215,17 @@ def test_micro_batches_keep_to_the_token_budget() -> None:
     assert sum(item.sequences for item in learned) == pytest.approx(16 * 18)
 
 
+def test_the_largest_micro_batch_keeps_to_the_token_budget_too() -> None:
+    regime, sizes = Regime(1.0, writes=False, scores=True), {**SIZES, "batch_size": 6}
+
+    def largest(**changes: Any) -> Forward:
+        values = {"base_model_path": "s", "teacher_model_path": "t", "prompts_path": "p", **sizes, **changes}
+        return workload_of(parse_config(values), regime, LENGTHS).largest
+
+    assert largest().sequences == 6
+    assert largest(max_batch_tokens=200).tokens <= 200 < largest().tokens
+
+
 def test_evaluations_are_counted() -> None:
     regime = Regime(1.0, writes=False, scores=True)
 
