@@ -17,13 +17,16 @@ from grpc_status import rpc_status
 from opd_daemon import logs
 from opd_daemon.errors import FieldViolation, OpdError, Reason
 from opd_daemon.home import Home
-from opd_daemon.rpc.access import Gate, caller
+from opd_daemon.rpc.access import Caller, Gate, caller
 from opd_daemon.wire.errors import to_status
 from opd_daemon.wire.headers import REQUEST_ID
 from opd_daemon.wire.malformed import first_fault
 
 log = logging.getLogger(__name__)
 
+STRANGERS_SECONDS = 1.0
+# What a client says may be anything; no run has a longer name.
+LONGEST_RUN_ID = 128
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Details = grpc.HandlerCallDetails
@@ -44,6 +47,15 @@ class Border(grpc.aio.ServerInterceptor):
     def __init__(self, gate: Gate, home: Home) -> None:
         self._gate = gate
         self._home = home
+        self._strangers_told = 0.0
+
+    def tells_of_strangers(self) -> bool:
+        """Whether one more call without a valid token is worth a line: not every one of a flood."""
+        now = time.monotonic()
+        due = now - self._strangers_told >= STRANGERS_SECONDS
+        if due:
+            self._strangers_told = now
+        return due
 
     async def intercept_service(
         self, continuation: Callable[[Details], Awaitable[Handler]], handler_call_details: Details
@@ -52,8 +64,10 @@ class Border(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:  # no such method: grpcio answers UNIMPLEMENTED
             return None
-        call = _Call(self._gate, self._home, handler_call_details, handler)
+        call = _Call(self, self._gate, self._home, handler_call_details, handler)
         encode = handler.response_serializer
+        if call.fault:  # as a call of this kind nothing of the request is read, which may be large
+            return grpc.stream_stream_rpc_method_handler(call.refused, None, encode)
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(call.unary_unary, None, encode)
         if handler.unary_stream:
@@ -66,18 +80,29 @@ class Border(grpc.aio.ServerInterceptor):
 class _Call:
     """One method's handler with the border around it."""
 
-    def __init__(self, gate: Gate, home: Home, details: Details, handler: Handler) -> None:
-        self._gate = gate
+    def __init__(self, border: Border, gate: Gate, home: Home, details: Details, handler: Handler) -> None:
+        self._border = border
         self._home = home
         self._id = secrets.token_hex(8)
         self._began = time.monotonic()
         self._method = details.method
-        self._authorization = _header(details)
         self._handler = handler
+        self._caller = Caller()
+        self.fault: OpdError | None = None
+        try:
+            self._caller = gate.admit(self._method, _header(details))
+        except OpdError as fault:
+            self.fault = fault
+
+    async def refused(self, _: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+        self._begin(context)
+        if self.fault:
+            await self._refuse(self.fault, context)
+        yield  # as its kind has to
 
     async def unary_unary(self, data: bytes, context: Context) -> Any:
         try:
-            self._admit(context)
+            self._begin(context)
             answer = await self._handler.unary_unary(self._decoded(data), context)
         except BaseException as error:  # noqa: BLE001 - nothing unmapped may pass
             await self._refuse(error, context)
@@ -86,7 +111,7 @@ class _Call:
 
     async def unary_stream(self, data: bytes, context: Context) -> AsyncIterator[Any]:
         try:
-            self._admit(context)
+            self._begin(context)
             answers = self._handler.unary_stream(self._decoded(data), context)
             async with aclosing(_iterated(answers)) as responses:
                 async for response in responses:
@@ -99,7 +124,7 @@ class _Call:
 
     async def stream_unary(self, requests: AsyncIterator[bytes], context: Context) -> Any:
         try:
-            self._admit(context)
+            self._begin(context)
             answer = await self._handler.stream_unary(self._all_decoded(requests), context)
         except BaseException as error:  # noqa: BLE001 - nothing unmapped may pass
             await self._refuse(error, context)
@@ -108,7 +133,7 @@ class _Call:
 
     async def stream_stream(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         try:
-            self._admit(context)
+            self._begin(context)
             answers = self._handler.stream_stream(self._all_decoded(requests), context)
             async with aclosing(_iterated(answers)) as responses:
                 async for response in responses:
@@ -119,12 +144,11 @@ class _Call:
             await self._refuse(error, context)
         self._tell("OK")
 
-    def _admit(self, context: Context) -> None:
+    def _begin(self, context: Context) -> None:
         logs.request_id.set(self._id)
         context.set_trailing_metadata(((REQUEST_ID, self._id),))
-        found = self._gate.admit(self._method, self._authorization)
-        caller.set(found)
-        logs.run_id.set(found.run_id)
+        caller.set(self._caller)
+        logs.run_id.set(self._caller.run_id)
         # grpcio's own timer may fire only after an answer that nobody waits for any more.
         if context.time_remaining() == 0:
             raise OpdError(Reason.DEADLINE_EXCEEDED, "the deadline had passed when the call came; allow it more time")
@@ -138,7 +162,7 @@ class _Call:
             text = "the request is no message of this call's type"
             raise OpdError(Reason.MALFORMED_MESSAGE, text, violations=[fault]) from None
         if run_id := getattr(message, "run_id", ""):
-            logs.run_id.set(run_id)
+            logs.run_id.set(run_id[:LONGEST_RUN_ID])
         return message
 
     async def _all_decoded(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
@@ -160,7 +184,9 @@ class _Call:
             log.error("%s failed", self._method, exc_info=error)
             message = f"internal error; the daemon's log has the details of request {self._id}"
             error = OpdError(Reason.INTERNAL, message, request_id=self._id)
-        self._tell(error.code, logging.INFO, reason=error.reason)
+        stranger = error.reason in (Reason.MISSING_TOKEN, Reason.WRONG_TOKEN)
+        level = logging.DEBUG if stranger and not self._border.tells_of_strangers() else logging.INFO
+        self._tell(error.code, level, reason=error.reason)
         status = rpc_status.to_status(to_status(without_home(error, self._home)))
         trailing = (*(status.trailing_metadata or ()), (REQUEST_ID, self._id))
         await context.abort(status.code, status.details, trailing)

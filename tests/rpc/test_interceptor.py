@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.home import Home
+from opd_daemon.rpc import interceptor
 from opd_daemon.rpc.access import Gate
 from opd_daemon.rpc.interceptor import Border
 from opd_daemon.v1 import run_pb2 as pb
@@ -61,13 +63,15 @@ async def serving(**methods: Any) -> AsyncIterator[str]:
     await server.stop(0)
 
 
-async def refusal(address: str, method: str, style: str, data: bytes = b"") -> OpdError:
+async def refusal(
+    address: str, method: str, style: str, data: bytes = b"", headers: tuple[tuple[str, str], ...] = HEADERS
+) -> OpdError:
     """One call, read until it fails."""
 
     def ask() -> None:
         with grpc.insecure_channel(address) as channel:
             call = getattr(channel, style)(f"/{SERVICE}/{method}")
-            answer = call(iter([data]) if style.startswith("stream") else data, metadata=HEADERS, timeout=10)
+            answer = call(iter([data]) if style.startswith("stream") else data, metadata=headers, timeout=10)
             list(answer if style.endswith("stream") else ())
 
     try:
@@ -119,6 +123,34 @@ def test_a_malformed_message_is_refused_by_its_field(style: str) -> None:
     # A stream that reads nothing has nothing to refuse.
     if style != "stream_stream":
         scenario()
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_who_has_no_token_is_answered_before_the_message_is_read(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    monkeypatch.setattr(interceptor._Call, "_decoded", lambda _, data: decoded.append(data))
+
+    @asynchronous
+    async def scenario() -> None:
+        async with serving(Get=handler(style, lambda: None)) as address:
+            for headers, reason in (((), Reason.MISSING_TOKEN), ((("authorization", "Bearer x"),), Reason.WRONG_TOKEN)):
+                error = await refusal(address, "Get", style, bytes(3 << 20), headers)
+                assert error.reason is reason
+
+    scenario()
+    assert not decoded
+
+
+def test_a_flood_without_a_token_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    @asynchronous
+    async def scenario() -> None:
+        async with serving(Get=handler("unary_unary", lambda: None)) as address:
+            for _ in range(20):
+                await refusal(address, "Get", "unary_unary", b"", ())
+
+    with caplog.at_level(logging.INFO, interceptor.__name__):
+        scenario()
+    assert 1 <= len(caplog.records) < 20
 
 
 @asynchronous
