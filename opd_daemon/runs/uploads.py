@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ PIECE_BYTES = 1 << 20
 MOST_BYTES = 256 << 20
 MOST_BYTES_OF_ALL = 4 << 30
 AT_A_TIME = 4
+MOST_SECONDS, MOST_SILENCE = 900.0, 30.0
 PARTIAL = ".part"
 
 
@@ -59,7 +61,8 @@ class Uploads:
         """Keep a file that comes in pieces.
 
         Raises:
-            OpdError: INVALID_REQUEST for a file that is empty, too large or not what its digest says; DISK_FULL.
+            OpdError: INVALID_REQUEST for a file that is empty, too large or not what its digest says; DISK_FULL;
+                DEADLINE_EXCEEDED for one that comes too slowly, as others wait for its place.
         """
         async with self._turn:
             with self._partial() as (path, file):
@@ -72,7 +75,7 @@ class Uploads:
         """Digest and size of all that came."""
         digest, size, expected = hashlib.sha256(), 0, ""
         room = self._most_bytes_of_all - await asyncio.to_thread(self._taken)
-        async for piece in pieces:
+        async for piece in _in_time(pieces):
             size += len(piece.data)
             expected = piece.sha256 or expected
             if len(piece.data) > PIECE_BYTES:
@@ -111,6 +114,22 @@ class Uploads:
     def _taken(self) -> int:
         with os.scandir(self._folder) as entries:
             return sum(map(_size, entries))
+
+
+async def _in_time(pieces: AsyncIterator[UploadPiece]) -> AsyncIterator[UploadPiece]:
+    end = time.monotonic() + MOST_SECONDS
+    while True:
+        seconds = min(MOST_SILENCE, end - time.monotonic())
+        try:
+            piece = await asyncio.wait_for(anext(pieces, None), seconds)
+        except TimeoutError:
+            message = (
+                f"nothing came for {MOST_SILENCE:.0f} s, or not all within {MOST_SECONDS:.0f}; send the file again"
+            )
+            raise OpdError(Reason.DEADLINE_EXCEEDED, message) from None
+        if piece is None:
+            return
+        yield piece
 
 
 def _size(entry: os.DirEntry[str]) -> int:

@@ -109,6 +109,23 @@ async def test_a_stream_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
 
 
 @asynchronous
+async def test_uploads_that_fall_silent_keep_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "MOST_SILENCE", 0.1)
+    uploads = Uploads(tmp_path)
+
+    async def silent() -> AsyncIterator[UploadPiece]:
+        yield UploadPiece(b"x")
+        await asyncio.sleep(60)
+
+    stalled = [asyncio.create_task(refusal(uploads, silent())) for _ in range(2 * room.AT_A_TIME)]
+    await asyncio.sleep(0)
+    kept = await asyncio.wait_for(uploads.receive(pieces(ROWS)), 10)
+    assert kept.sha256 == DIGEST
+    assert {fault.reason for fault in await asyncio.gather(*stalled)} == {Reason.DEADLINE_EXCEEDED}
+    assert names(tmp_path) == [f"{DIGEST}.jsonl"]
+
+
+@asynchronous
 async def test_an_upload_given_up_while_another_begins_disturbs_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
