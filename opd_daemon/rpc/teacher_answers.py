@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from opd_daemon.wire import headers
 T = TypeVar("T")
 
 MOST_OF_A_NAME = 64
+MESSAGE_BYTES = 1 << 20
 # A tokenizer may take a thousand bytes for each while it works, and ten microseconds.
 MOST_CHARACTERS = MOST_IDS = 1 << 19
 # Longer texts, and those of more ids, wait for each other; shorter ones only for shorter ones.
@@ -76,8 +77,8 @@ class Answers:
             for index, entry in enumerate(request.prompts)
         ]
         requests = [wire.prompt_from_proto(entry, ids[index].tolist()) for index, entry in enumerate(request.prompts)]
-        prompts = [pb.TokenIds(ids=wire.pack(prompt)) for prompt in ids]
-        yield pb.GenerateResponse(identity=_identity(info), prompts=prompts)
+        for number, prompts in enumerate(_pieces([pb.TokenIds(ids=wire.pack(prompt)) for prompt in ids])):
+            yield pb.GenerateResponse(identity=None if number else _identity(info), prompts=prompts)
         texts = [TextStream(tokenizer.decode, info.eos_token_ids) for _ in requests]
         tokens = self._teacher.generate(
             requests,
@@ -158,6 +159,19 @@ def _render(tokenizer: TextTokenizer, chat: pb.Chat, name: str) -> Sequence[int]
     except OpdError as refusal:
         # Under the name of the field it has in this call.
         raise invalid(name, " ".join(refusal.violations[0].description.split())) from None
+
+
+def _pieces(prompts: Sequence[pb.TokenIds]) -> Iterator[list[pb.TokenIds]]:
+    """Prompts in order, as many in a message as a client takes."""
+    piece: list[pb.TokenIds] = []
+    size = 0
+    for prompt in prompts:
+        if piece and size + prompt.ByteSize() > MESSAGE_BYTES:
+            yield piece
+            piece, size = [], 0
+        piece.append(prompt)
+        size += prompt.ByteSize()
+    yield piece
 
 
 def _require_short(characters: int, name: str) -> None:

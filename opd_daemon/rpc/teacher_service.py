@@ -42,7 +42,7 @@ class TeacherServicer(rpc.TeacherServiceServicer):
         if not request.model_path:
             raise invalid("model_path", "empty: name a model folder")
         await asyncio.to_thread(self._check_path, request.model_path)
-        if self._resident.path() != request.model_path:
+        if not self._resident.holds(request.model_path):
             await self._require_unused(request.force)
         try:
             async with aclosing(self._teacher.load(request.model_path)) as reports:

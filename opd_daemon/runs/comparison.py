@@ -22,6 +22,7 @@ from opd_daemon.names import COMPARED_MODELS
 from opd_daemon.runs.manager import RunManager
 from opd_daemon.runs.memory import kills_for_memory, memory_ended
 from opd_daemon.runs.workers import WorkerProcess, Workers, meaning_of_exit
+from opd_daemon.teacher.folder import is_model
 from opd_daemon.teacher.service import TeacherService
 from opd_daemon.teacher.speculation import Speculated, Speculation, check_draft
 from opd_daemon.teacher.tokenizer import TextTokenizer
@@ -162,7 +163,7 @@ class Comparisons:
         if info is None:
             message = f"no teacher is loaded; load the run's with 'opd teacher load {path}'"
             raise OpdError(Reason.TEACHER_NOT_LOADED, message, path=path)
-        if info.path != path:
+        if not is_model(info, path):
             message = f"the teacher loaded is {info.name}, not the run's; load that with 'opd teacher load {path}'"
             raise OpdError(Reason.TEACHER_CHANGED, message, path=path)
 

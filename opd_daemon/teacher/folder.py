@@ -9,6 +9,7 @@ from pathlib import Path
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.home import user_path
 from opd_daemon.models.folder import FolderFault, ModelFolder, read_folder
+from opd_daemon.types import TeacherInfo
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -31,6 +32,14 @@ def open_folder(path_or_hub_id: str) -> ModelFolder:
             raise OpdError(Reason.MODEL_NOT_FOUND, message, model=path_or_hub_id) from None
         inside = "" if fault.place == path else f"{fault.place.name}: "
         raise load_failed(path_or_hub_id, f"{inside}{fault.problem}") from None
+
+
+def is_model(info: TeacherInfo | None, model: str) -> bool:
+    """Whether this teacher is what a folder or hub id means; None is no model. A folder may have several paths."""
+    if info is None:
+        return False
+    path = user_path(model)
+    return info.path == os.path.realpath(path) if _exists(path) else info.name == model
 
 
 def is_hub_id(name: str) -> bool:

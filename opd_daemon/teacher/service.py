@@ -83,8 +83,7 @@ class TeacherService:
     async def close(self) -> None:
         """Stop after the piece in progress and finish writing the cache. Waiting calls fail with SHUTTING_DOWN."""
         await asyncio.to_thread(self._close_room)
-        if self._loading:
-            await asyncio.wait([self._loading])
+        await self.settled()
         await asyncio.to_thread(self._cache.close)
         await asyncio.to_thread(self._files.shutdown)
 
@@ -138,6 +137,11 @@ class TeacherService:
                 raise report
             phase = report.phase
             yield report
+
+    async def settled(self) -> None:
+        """Return once no load is under way."""
+        if self._loading:
+            await asyncio.wait([self._loading])
 
     async def unload(self) -> None:
         """Free the teacher's memory; calls under way fail with TEACHER_CHANGED. Raises TEACHER_LOADING."""

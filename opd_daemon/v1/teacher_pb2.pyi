@@ -4,17 +4,27 @@ isort:skip_file
 The resident teacher: load it once, ask it for logprobs and completions, fetch its head.
 
 Conventions of this contract, all files:
-  * Every call needs the header `authorization: Bearer <token>`; the token is in the daemon's discovery file.
+  * Every call but those of grpc.health.v1 needs the header `authorization: Bearer <token>`; the token is in the daemon's
+    discovery file. Every answer has the trailer `opd-request-id`, under which the daemon's log tells of the call.
   * A client may name itself in the header `opd-client` (at most 64 ASCII characters, anything that others won't choose).
     Calls of one name share one turn at the teacher; without it those of one connection do, and all over the unix socket.
   * Arrays travel as packed little-endian bytes, row-major, never as repeated numbers: read them with one buffer view.
     The comment of each field gives element type and shape.
   * Logprobs are natural logarithms, float32. A temperature of 1 is meant unless one is named.
-  * No response message is larger than 1 MiB plus a few hundred bytes, so gRPC's default limit of 4 MiB is enough.
+  * No response message is larger than gRPC's default limit of 4 MiB: what is larger comes in several messages, or pages,
+    which may hold fewer entries than were asked for. A request may have 64 MiB, 16 384 sequences or prompts, 64 temperatures,
+    and a run's configuration 64 KiB.
   * A response wraps its resource (GetRunResponse has a Run) so that it can grow; enum values carry their enum's name.
   * Errors: a gRPC code, google.rpc.ErrorInfo with domain "opd" and a stable reason, and, for bad input,
-    google.rpc.BadRequest with one violation per fault. UNAVAILABLE means exactly: nothing happened, try again.
-    google.rpc.RetryInfo says when, where the daemon knows (QUEUE_FULL).
+    google.rpc.BadRequest with one violation per fault, as many as a status has room for. google.rpc.RetryInfo says when to
+    try again, where the daemon knows (QUEUE_FULL).
+  * UNAVAILABLE with an ErrorInfo means: nothing was changed, try again; what a stream has delivered stays valid. Without one it comes
+    from the transport, and the call may have taken effect, as may one that was cancelled or whose deadline passed: send
+    CreateRun again with the same request_id, and read the run before repeating StopRun, ResumeRun or DeleteRun.
+  * Any call may fail with UNAUTHENTICATED/MISSING_TOKEN or WRONG_TOKEN, PERMISSION_DENIED/OUT_OF_SCOPE (a worker's token),
+    INVALID_ARGUMENT/MALFORMED_MESSAGE or INVALID_REQUEST, UNAVAILABLE/SHUTTING_DOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED/DISK_FULL,
+    FAILED_PRECONDITION/STORE_UNUSABLE and INTERNAL. Methods tell of their own errors besides. An unknown method and a
+    message above gRPC's own limit are refused by gRPC, without ErrorInfo.
 """
 
 from collections import abc as _abc
@@ -195,7 +205,7 @@ class Teacher(_message.Message):
     architecture: _builtins.str
     """Model type, such as "qwen2"."""
     vocab_size: _builtins.int
-    """Number of ids the tokenizer knows."""
+    """The tokenizer's highest id plus one."""
     padded_vocab_size: _builtins.int
     """Width of the model's logits, at least vocab_size. Ids beyond vocab_size have no meaning and get no probability mass."""
     hidden_size: _builtins.int
@@ -478,7 +488,7 @@ class TokenInput(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Plain text; no template is applied."""
+    """Plain text; no template is applied, but the tokenizer adds its own special tokens, such as BOS."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, used as they are."""
@@ -946,7 +956,7 @@ class GenerateResponse(_message.Message):
 
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenIds]:
-        """Set in the first message only: the token ids of every prompt, in order."""
+        """Set in the first message, and in those right after it where one is not enough: the token ids of every prompt, in order."""
 
     @_builtins.property
     def block(self) -> Global___GeneratedBlock:

@@ -97,11 +97,13 @@ class TeacherServiceServicer(object):
 
     def LoadTeacher(self, request, context):
         """Loads a teacher, streaming progress; the last message has the phase READY and the description.
-        Loading what is loaded already answers READY at once. Another teacher replaces the present one.
+        Loading what is loaded already answers READY at once. Another teacher replaces the present one. Leaving the call doesn't
+        stop the load; a TeacherChanged event tells how it ended.
 
         Errors: NOT_FOUND/MODEL_NOT_FOUND: no such folder. FAILED_PRECONDITION/TEACHER_LOAD_FAILED: the message names the cause
         (missing or truncated shard, unknown model type, …). RESOURCE_EXHAUSTED/OUT_OF_MEMORY: it would not fit.
         FAILED_PRECONDITION/TEACHER_IN_USE: a run is using the present teacher. UNAVAILABLE/TEACHER_LOADING: a load is under way.
+        PERMISSION_DENIED/PATH_NOT_ALLOWED: the folder lies outside those this daemon may open.
         After any failure the daemon serves on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -111,7 +113,7 @@ class TeacherServiceServicer(object):
     def UnloadTeacher(self, request, context):
         """Frees the teacher's memory. Unloading when nothing is loaded succeeds.
 
-        Errors: FAILED_PRECONDITION/TEACHER_IN_USE: a run is using it; `force` overrides.
+        Errors: FAILED_PRECONDITION/TEACHER_IN_USE: a run is using it; `force` overrides. UNAVAILABLE/TEACHER_LOADING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,11 +130,11 @@ class TeacherServiceServicer(object):
 
         Without a teacher in memory, a request that names its digest is answered as long as all of it is in the cache.
 
-        Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected
-        digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …
+        Errors, some of which follow the first message: UNAVAILABLE/TEACHER_LOADING. FAILED_PRECONDITION/TEACHER_NOT_LOADED.
+        FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …
         RESOURCE_EXHAUSTED/QUEUE_FULL: too much work is waiting; nothing was queued, and RetryInfo says when to try again. A
         client with little waiting is still let in when others have filled the queue. FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED.
-        DATA_LOSS/NOT_A_NUMBER: the model produced NaN.
+        RESOURCE_EXHAUSTED/OUT_OF_MEMORY. DATA_LOSS/NOT_A_NUMBER: the model produced NaN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,7 +142,8 @@ class TeacherServiceServicer(object):
 
     def Generate(self, request, context):
         """Continues prompts, many at once (continuous batching), streaming tokens with their logprobs.
-        The first message carries the teacher's identity and the prompts' token ids.
+        The first message carries the teacher's identity and the prompts' token ids; where those are too many for one, messages with
+        the rest of them follow before any token.
 
         Errors: as ComputeLogprobs.
         """
@@ -153,14 +156,16 @@ class TeacherServiceServicer(object):
         holds them. Tensors arrive one after another, each in pieces, in order.
 
         Errors: FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED: this model's head can't be split off (the message says why); top-k outputs
-        work all the same.
+        work all the same. FAILED_PRECONDITION/TEACHER_NOT_LOADED or TEACHER_CHANGED. UNAVAILABLE/TEACHER_LOADING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Turns text or a chat into the teacher's token ids, or ids (2^19 at most) into text.
+        """Turns text or a chat (2^19 characters at most) into the teacher's token ids, or ids (2^19 at most) into text.
+
+        Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. UNAVAILABLE/TEACHER_LOADING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -4,17 +4,27 @@ isort:skip_file
 The resident teacher: load it once, ask it for logprobs and completions, fetch its head.
 
 Conventions of this contract, all files:
-  * Every call needs the header `authorization: Bearer <token>`; the token is in the daemon's discovery file.
+  * Every call but those of grpc.health.v1 needs the header `authorization: Bearer <token>`; the token is in the daemon's
+    discovery file. Every answer has the trailer `opd-request-id`, under which the daemon's log tells of the call.
   * A client may name itself in the header `opd-client` (at most 64 ASCII characters, anything that others won't choose).
     Calls of one name share one turn at the teacher; without it those of one connection do, and all over the unix socket.
   * Arrays travel as packed little-endian bytes, row-major, never as repeated numbers: read them with one buffer view.
     The comment of each field gives element type and shape.
   * Logprobs are natural logarithms, float32. A temperature of 1 is meant unless one is named.
-  * No response message is larger than 1 MiB plus a few hundred bytes, so gRPC's default limit of 4 MiB is enough.
+  * No response message is larger than gRPC's default limit of 4 MiB: what is larger comes in several messages, or pages,
+    which may hold fewer entries than were asked for. A request may have 64 MiB, 16 384 sequences or prompts, 64 temperatures,
+    and a run's configuration 64 KiB.
   * A response wraps its resource (GetRunResponse has a Run) so that it can grow; enum values carry their enum's name.
   * Errors: a gRPC code, google.rpc.ErrorInfo with domain "opd" and a stable reason, and, for bad input,
-    google.rpc.BadRequest with one violation per fault. UNAVAILABLE means exactly: nothing happened, try again.
-    google.rpc.RetryInfo says when, where the daemon knows (QUEUE_FULL).
+    google.rpc.BadRequest with one violation per fault, as many as a status has room for. google.rpc.RetryInfo says when to
+    try again, where the daemon knows (QUEUE_FULL).
+  * UNAVAILABLE with an ErrorInfo means: nothing was changed, try again; what a stream has delivered stays valid. Without one it comes
+    from the transport, and the call may have taken effect, as may one that was cancelled or whose deadline passed: send
+    CreateRun again with the same request_id, and read the run before repeating StopRun, ResumeRun or DeleteRun.
+  * Any call may fail with UNAUTHENTICATED/MISSING_TOKEN or WRONG_TOKEN, PERMISSION_DENIED/OUT_OF_SCOPE (a worker's token),
+    INVALID_ARGUMENT/MALFORMED_MESSAGE or INVALID_REQUEST, UNAVAILABLE/SHUTTING_DOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED/DISK_FULL,
+    FAILED_PRECONDITION/STORE_UNUSABLE and INTERNAL. Methods tell of their own errors besides. An unknown method and a
+    message above gRPC's own limit are refused by gRPC, without ErrorInfo.
 """
 
 from collections import abc as _abc
@@ -53,17 +63,19 @@ class TeacherServiceStub:
     """Describes the teacher and whether it is loaded. Never fails for want of a teacher."""
     LoadTeacher: _grpc.UnaryStreamMultiCallable[_teacher_pb2.LoadTeacherRequest, _teacher_pb2.LoadTeacherResponse]
     """Loads a teacher, streaming progress; the last message has the phase READY and the description.
-    Loading what is loaded already answers READY at once. Another teacher replaces the present one.
+    Loading what is loaded already answers READY at once. Another teacher replaces the present one. Leaving the call doesn't
+    stop the load; a TeacherChanged event tells how it ended.
 
     Errors: NOT_FOUND/MODEL_NOT_FOUND: no such folder. FAILED_PRECONDITION/TEACHER_LOAD_FAILED: the message names the cause
     (missing or truncated shard, unknown model type, …). RESOURCE_EXHAUSTED/OUT_OF_MEMORY: it would not fit.
     FAILED_PRECONDITION/TEACHER_IN_USE: a run is using the present teacher. UNAVAILABLE/TEACHER_LOADING: a load is under way.
+    PERMISSION_DENIED/PATH_NOT_ALLOWED: the folder lies outside those this daemon may open.
     After any failure the daemon serves on.
     """
     UnloadTeacher: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.UnloadTeacherRequest, _teacher_pb2.UnloadTeacherResponse]
     """Frees the teacher's memory. Unloading when nothing is loaded succeeds.
 
-    Errors: FAILED_PRECONDITION/TEACHER_IN_USE: a run is using it; `force` overrides.
+    Errors: FAILED_PRECONDITION/TEACHER_IN_USE: a run is using it; `force` overrides. UNAVAILABLE/TEACHER_LOADING.
     """
     ComputeLogprobs: _grpc.UnaryStreamMultiCallable[_teacher_pb2.ComputeLogprobsRequest, _teacher_pb2.ComputeLogprobsResponse]
     """Scores given token sequences: for each scored position everything asked for in `outputs`, from one prefill.
@@ -76,15 +88,16 @@ class TeacherServiceStub:
 
     Without a teacher in memory, a request that names its digest is answered as long as all of it is in the cache.
 
-    Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected
-    digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …
+    Errors, some of which follow the first message: UNAVAILABLE/TEACHER_LOADING. FAILED_PRECONDITION/TEACHER_NOT_LOADED.
+    FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …
     RESOURCE_EXHAUSTED/QUEUE_FULL: too much work is waiting; nothing was queued, and RetryInfo says when to try again. A
     client with little waiting is still let in when others have filled the queue. FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED.
-    DATA_LOSS/NOT_A_NUMBER: the model produced NaN.
+    RESOURCE_EXHAUSTED/OUT_OF_MEMORY. DATA_LOSS/NOT_A_NUMBER: the model produced NaN.
     """
     Generate: _grpc.UnaryStreamMultiCallable[_teacher_pb2.GenerateRequest, _teacher_pb2.GenerateResponse]
     """Continues prompts, many at once (continuous batching), streaming tokens with their logprobs.
-    The first message carries the teacher's identity and the prompts' token ids.
+    The first message carries the teacher's identity and the prompts' token ids; where those are too many for one, messages with
+    the rest of them follow before any token.
 
     Errors: as ComputeLogprobs.
     """
@@ -93,10 +106,13 @@ class TeacherServiceStub:
     holds them. Tensors arrive one after another, each in pieces, in order.
 
     Errors: FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED: this model's head can't be split off (the message says why); top-k outputs
-    work all the same.
+    work all the same. FAILED_PRECONDITION/TEACHER_NOT_LOADED or TEACHER_CHANGED. UNAVAILABLE/TEACHER_LOADING.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.TokenizeRequest, _teacher_pb2.TokenizeResponse]
-    """Turns text or a chat into the teacher's token ids, or ids (2^19 at most) into text."""
+    """Turns text or a chat (2^19 characters at most) into the teacher's token ids, or ids (2^19 at most) into text.
+
+    Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. UNAVAILABLE/TEACHER_LOADING.
+    """
     GetCacheStats: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.GetCacheStatsRequest, _teacher_pb2.GetCacheStatsResponse]
     """Tells what the teacher cache holds and what it has saved since the daemon started."""
     PruneCache: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.PruneCacheRequest, _teacher_pb2.PruneCacheResponse]
@@ -113,17 +129,19 @@ class TeacherServiceAsyncStub(TeacherServiceStub):
     """Describes the teacher and whether it is loaded. Never fails for want of a teacher."""
     LoadTeacher: _aio.UnaryStreamMultiCallable[_teacher_pb2.LoadTeacherRequest, _teacher_pb2.LoadTeacherResponse]  # type: ignore[assignment]
     """Loads a teacher, streaming progress; the last message has the phase READY and the description.
-    Loading what is loaded already answers READY at once. Another teacher replaces the present one.
+    Loading what is loaded already answers READY at once. Another teacher replaces the present one. Leaving the call doesn't
+    stop the load; a TeacherChanged event tells how it ended.
 
     Errors: NOT_FOUND/MODEL_NOT_FOUND: no such folder. FAILED_PRECONDITION/TEACHER_LOAD_FAILED: the message names the cause
     (missing or truncated shard, unknown model type, …). RESOURCE_EXHAUSTED/OUT_OF_MEMORY: it would not fit.
     FAILED_PRECONDITION/TEACHER_IN_USE: a run is using the present teacher. UNAVAILABLE/TEACHER_LOADING: a load is under way.
+    PERMISSION_DENIED/PATH_NOT_ALLOWED: the folder lies outside those this daemon may open.
     After any failure the daemon serves on.
     """
     UnloadTeacher: _aio.UnaryUnaryMultiCallable[_teacher_pb2.UnloadTeacherRequest, _teacher_pb2.UnloadTeacherResponse]  # type: ignore[assignment]
     """Frees the teacher's memory. Unloading when nothing is loaded succeeds.
 
-    Errors: FAILED_PRECONDITION/TEACHER_IN_USE: a run is using it; `force` overrides.
+    Errors: FAILED_PRECONDITION/TEACHER_IN_USE: a run is using it; `force` overrides. UNAVAILABLE/TEACHER_LOADING.
     """
     ComputeLogprobs: _aio.UnaryStreamMultiCallable[_teacher_pb2.ComputeLogprobsRequest, _teacher_pb2.ComputeLogprobsResponse]  # type: ignore[assignment]
     """Scores given token sequences: for each scored position everything asked for in `outputs`, from one prefill.
@@ -136,15 +154,16 @@ class TeacherServiceAsyncStub(TeacherServiceStub):
 
     Without a teacher in memory, a request that names its digest is answered as long as all of it is in the cache.
 
-    Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected
-    digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …
+    Errors, some of which follow the first message: UNAVAILABLE/TEACHER_LOADING. FAILED_PRECONDITION/TEACHER_NOT_LOADED.
+    FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …
     RESOURCE_EXHAUSTED/QUEUE_FULL: too much work is waiting; nothing was queued, and RetryInfo says when to try again. A
     client with little waiting is still let in when others have filled the queue. FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED.
-    DATA_LOSS/NOT_A_NUMBER: the model produced NaN.
+    RESOURCE_EXHAUSTED/OUT_OF_MEMORY. DATA_LOSS/NOT_A_NUMBER: the model produced NaN.
     """
     Generate: _aio.UnaryStreamMultiCallable[_teacher_pb2.GenerateRequest, _teacher_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues prompts, many at once (continuous batching), streaming tokens with their logprobs.
-    The first message carries the teacher's identity and the prompts' token ids.
+    The first message carries the teacher's identity and the prompts' token ids; where those are too many for one, messages with
+    the rest of them follow before any token.
 
     Errors: as ComputeLogprobs.
     """
@@ -153,10 +172,13 @@ class TeacherServiceAsyncStub(TeacherServiceStub):
     holds them. Tensors arrive one after another, each in pieces, in order.
 
     Errors: FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED: this model's head can't be split off (the message says why); top-k outputs
-    work all the same.
+    work all the same. FAILED_PRECONDITION/TEACHER_NOT_LOADED or TEACHER_CHANGED. UNAVAILABLE/TEACHER_LOADING.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_teacher_pb2.TokenizeRequest, _teacher_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Turns text or a chat into the teacher's token ids, or ids (2^19 at most) into text."""
+    """Turns text or a chat (2^19 characters at most) into the teacher's token ids, or ids (2^19 at most) into text.
+
+    Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. UNAVAILABLE/TEACHER_LOADING.
+    """
     GetCacheStats: _aio.UnaryUnaryMultiCallable[_teacher_pb2.GetCacheStatsRequest, _teacher_pb2.GetCacheStatsResponse]  # type: ignore[assignment]
     """Tells what the teacher cache holds and what it has saved since the daemon started."""
     PruneCache: _aio.UnaryUnaryMultiCallable[_teacher_pb2.PruneCacheRequest, _teacher_pb2.PruneCacheResponse]  # type: ignore[assignment]
@@ -182,11 +204,13 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_teacher_pb2.LoadTeacherResponse], _abc.AsyncIterator[_teacher_pb2.LoadTeacherResponse]]:
         """Loads a teacher, streaming progress; the last message has the phase READY and the description.
-        Loading what is loaded already answers READY at once. Another teacher replaces the present one.
+        Loading what is loaded already answers READY at once. Another teacher replaces the present one. Leaving the call doesn't
+        stop the load; a TeacherChanged event tells how it ended.
 
         Errors: NOT_FOUND/MODEL_NOT_FOUND: no such folder. FAILED_PRECONDITION/TEACHER_LOAD_FAILED: the message names the cause
         (missing or truncated shard, unknown model type, …). RESOURCE_EXHAUSTED/OUT_OF_MEMORY: it would not fit.
         FAILED_PRECONDITION/TEACHER_IN_USE: a run is using the present teacher. UNAVAILABLE/TEACHER_LOADING: a load is under way.
+        PERMISSION_DENIED/PATH_NOT_ALLOWED: the folder lies outside those this daemon may open.
         After any failure the daemon serves on.
         """
 
@@ -198,7 +222,7 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_teacher_pb2.UnloadTeacherResponse, _abc.Awaitable[_teacher_pb2.UnloadTeacherResponse]]:
         """Frees the teacher's memory. Unloading when nothing is loaded succeeds.
 
-        Errors: FAILED_PRECONDITION/TEACHER_IN_USE: a run is using it; `force` overrides.
+        Errors: FAILED_PRECONDITION/TEACHER_IN_USE: a run is using it; `force` overrides. UNAVAILABLE/TEACHER_LOADING.
         """
 
     @_abc_1.abstractmethod
@@ -217,11 +241,11 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Without a teacher in memory, a request that names its digest is answered as long as all of it is in the cache.
 
-        Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected
-        digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …
+        Errors, some of which follow the first message: UNAVAILABLE/TEACHER_LOADING. FAILED_PRECONDITION/TEACHER_NOT_LOADED.
+        FAILED_PRECONDITION/TEACHER_CHANGED or TOKENIZER_MISMATCH: an expected digest differs. INVALID_ARGUMENT: empty or too long sequence, id outside the vocabulary, top_k of 0 or too large, …
         RESOURCE_EXHAUSTED/QUEUE_FULL: too much work is waiting; nothing was queued, and RetryInfo says when to try again. A
         client with little waiting is still let in when others have filled the queue. FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED.
-        DATA_LOSS/NOT_A_NUMBER: the model produced NaN.
+        RESOURCE_EXHAUSTED/OUT_OF_MEMORY. DATA_LOSS/NOT_A_NUMBER: the model produced NaN.
         """
 
     @_abc_1.abstractmethod
@@ -231,7 +255,8 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_teacher_pb2.GenerateResponse], _abc.AsyncIterator[_teacher_pb2.GenerateResponse]]:
         """Continues prompts, many at once (continuous batching), streaming tokens with their logprobs.
-        The first message carries the teacher's identity and the prompts' token ids.
+        The first message carries the teacher's identity and the prompts' token ids; where those are too many for one, messages with
+        the rest of them follow before any token.
 
         Errors: as ComputeLogprobs.
         """
@@ -246,7 +271,7 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
         holds them. Tensors arrive one after another, each in pieces, in order.
 
         Errors: FAILED_PRECONDITION/HIDDEN_NOT_SUPPORTED: this model's head can't be split off (the message says why); top-k outputs
-        work all the same.
+        work all the same. FAILED_PRECONDITION/TEACHER_NOT_LOADED or TEACHER_CHANGED. UNAVAILABLE/TEACHER_LOADING.
         """
 
     @_abc_1.abstractmethod
@@ -255,7 +280,10 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _teacher_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_teacher_pb2.TokenizeResponse, _abc.Awaitable[_teacher_pb2.TokenizeResponse]]:
-        """Turns text or a chat into the teacher's token ids, or ids (2^19 at most) into text."""
+        """Turns text or a chat (2^19 characters at most) into the teacher's token ids, or ids (2^19 at most) into text.
+
+        Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. UNAVAILABLE/TEACHER_LOADING.
+        """
 
     @_abc_1.abstractmethod
     def GetCacheStats(

@@ -71,7 +71,7 @@ def serve(home: Path, environment: Mapping[str, str], settings: Settings, *, tea
     attempt.DISK_RETRY_SECONDS = 0.1
     assembly.Outlook = StubOutlook  # type: ignore[misc, assignment]
     if not teacher:
-        stub = Teaching(lambda: "/m/teacher", already_loaded)
+        stub = Teaching(lambda model: model == "/m/teacher", already_loaded)
         assembly.Teaching = lambda *_: stub  # type: ignore[misc, assignment]
     try:
         server.serve(server.ServeSettings(home=Home(home), port=None, **settings))
