@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers and long texts as people read them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def duration(seconds: float) -> str:
     if whole < 86_400:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most `most` characters, and how many more there were."""
+    return text if len(text) <= most else f"{text[:most]} … ({len(text) - most} characters more)"
 
 
 def percent(fraction: float) -> str:

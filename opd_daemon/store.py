@@ -26,7 +26,8 @@ from opd_daemon.types import Checkpoint, Event, EventKind, Run, RunState
 T = TypeVar("T")
 
 MEASURED = (EventKind.METRICS, EventKind.EVALUATION)
-PAGE = 256
+# A page of events: so many, or as many as have so many bytes together, which is far from what gRPC clients take.
+PAGE, PAGE_BYTES = 256, 1 << 20
 PAGES_AT_ONCE = 256
 JOURNAL_BYTES = 64 << 20
 DELETED = "deleted:"
@@ -191,13 +192,18 @@ class Store:
     def events_after(self, revision: int, run_id: str | None = None, limit: int = PAGE) -> tuple[list[Event], int]:
         """Events after a cursor, oldest first, and the cursor after them.
 
-        Events that were stored together are never split, so a little more than `limit` may come.
+        Fewer than `limit` where they are large. Events that were stored together are never split, so a little more
+        than `limit` may come.
         """
         newest = self.newest_revision()
         where, values = ("run_id = ? AND ", (run_id,)) if run_id else ("", ())
         select = f"SELECT revision, run_id, kind, time, payload, batch_end FROM events WHERE {where}"  # noqa: S608
-        rows = self._rows(f"{select} revision > ? ORDER BY revision LIMIT ?", (*values, revision, limit))
-        if len(rows) < limit:
+        found = self._database.execute(f"{select} revision > ? ORDER BY revision LIMIT ?", (*values, revision, limit))
+        rows, size = [], 0
+        while size < PAGE_BYTES and (row := found.fetchone()):
+            rows.append(row)
+            size += len(row[4])
+        if size < PAGE_BYTES and len(rows) < limit:
             return [read_event(row) for row in rows], max(newest, revision)
         last, batch_end = rows[-1][0], rows[-1][5]
         rows += self._rows(f"{select} revision > ? AND revision <= ? ORDER BY revision", (*values, last, batch_end))
@@ -261,6 +267,11 @@ class Store:
     def has_run(self, run_id: str) -> bool:
         """Whether the store knows this run."""
         return bool(self._rows("SELECT 1 FROM runs WHERE run_id = ?", (run_id,)))
+
+    def accepted_at(self, run_id: str) -> int | None:
+        """A revision before every event of the run, or before the oldest one kept; None for a run it doesn't know."""
+        accepted = self._value("SELECT revision FROM runs WHERE run_id = ?", (run_id,))
+        return None if accepted is None else max(int(accepted), self.oldest_revision()) - 1
 
     def run_ids(self) -> set[str]:
         """Names of all runs."""

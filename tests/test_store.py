@@ -14,7 +14,7 @@ import pytest
 
 from opd_daemon import schema
 from opd_daemon.errors import OpdError, Reason
-from opd_daemon.store import Store, WorkerRecord
+from opd_daemon.store import PAGE_BYTES, Store, WorkerRecord
 from opd_daemon.types import Event, EventKind, Plan, PlannedBytes, Run, RunState
 
 NOW = datetime(2026, 11, 23, 10, 0, 0, tzinfo=UTC)
@@ -100,6 +100,19 @@ def test_events_stored_together_are_never_split(store: Store) -> None:
     events, cursor = store.events_after(0, limit=2)
     assert len(events) == 5
     assert cursor == 5
+
+
+def test_a_page_of_large_events_is_one_that_clients_take(store: Store) -> None:
+    for number in range(8):
+        store.apply(None, [log_event(f"{number}" * (PAGE_BYTES // 3))])
+    seen, cursor, pages = [], 0, 0
+    while cursor < store.newest_revision():
+        events, cursor = store.events_after(cursor)
+        assert len(events) == 3 or cursor == 8
+        seen += [event.revision for event in events]
+        pages += 1
+    assert seen == list(range(1, 9))
+    assert pages == 3
 
 
 def test_a_filter_moves_the_cursor_past_strangers(store: Store) -> None:

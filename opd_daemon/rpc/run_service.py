@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
+
+from google.protobuf.message import Message
 
 from opd_daemon.config import PRESETS
 from opd_daemon.distill.adapter import adapter_files
@@ -32,12 +36,17 @@ from opd_daemon.wire.events import (
     state_from_proto,
 )
 
+T = TypeVar("T")
+
 CHUNK_BYTES = 1 << 20
 MAX_RUNS_PAGE, DEFAULT_RUNS_PAGE = 500, 50
 MAX_METRICS_PAGE, DEFAULT_METRICS_PAGE = 5000, 1000
 MAX_REQUEST_ID = 64
-# Every list of runs carries their configurations, and clients take messages of at most 4 MiB.
+# Clients take messages of at most 4 MiB, and lists of runs carry configurations and errors.
 MAX_CONFIG_BYTES = 64 << 10
+LIST_BYTES = 1 << 20
+# About a megabyte.
+MAX_EVALUATIONS = 500
 
 
 class RunServicer(rpc.RunServiceServicer):
@@ -75,6 +84,9 @@ class RunServicer(rpc.RunServiceServicer):
             machine=request.machine,
             force=request.force,
         )
+        accepted = await self._events.read(lambda store: store.accepted_at(run.run_id))
+        # An answer to a request that came again: all that happened since is missed by watching from now on.
+        revision = revision if accepted is None else min(revision, accepted)
         return pb.CreateRunResponse(run=wire.run_to_proto(run), revision=revision)
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
@@ -89,6 +101,10 @@ class RunServicer(rpc.RunServiceServicer):
         states = frozenset(_state(value) for value in request.states)
         runs, token = await self._runs.list(page_size=size, page_token=request.page_token, states=states)
         messages = [wire.run_to_proto(run) for run in runs]
+        fitting = _fitting(messages)
+        if fitting < len(messages):
+            _, token = await self._runs.list(page_size=fitting, page_token=request.page_token, states=states)
+            messages = messages[:fitting]
         return pb.ListRunsResponse(runs=messages, next_page_token=token, revision=revision)
 
     async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
@@ -119,7 +135,7 @@ class RunServicer(rpc.RunServiceServicer):
             response.next_page_token = str(steps[-1]["step"])
         if not request.page_token:
             evaluations = await self._runs.evaluations(request.run_id)
-            response.evaluations.extend(evaluation_to_proto(row) for row in evaluations)
+            response.evaluations.extend(evaluation_to_proto(row) for row in _thinned(evaluations, MAX_EVALUATIONS))
         best = [entry for entry in await self._runs.checkpoints(request.run_id) if entry.is_best]
         if best:
             response.best_checkpoint.CopyFrom(wire.checkpoint_to_proto(best[-1]))
@@ -231,6 +247,19 @@ def _page_size(asked: int, default: int, limit: int) -> int:
     if asked < 0:
         raise invalid("page_size", f"{asked} is negative; use 0 for the default of {default}")
     return min(asked or default, limit)
+
+
+def _fitting(messages: Sequence[Message]) -> int:
+    """How many of the first messages fit into one list; at least one."""
+    sizes = accumulate(message.ByteSize() for message in messages)
+    return max(1, sum(size <= LIST_BYTES for size in sizes)) if messages else 0
+
+
+def _thinned(rows: Sequence[T], most: int) -> list[T]:
+    """At most so many, evenly chosen, the first and the last always."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[place * (len(rows) - 1) // (most - 1)] for place in range(most)]
 
 
 def _step_of(page_token: str) -> int:

@@ -9,13 +9,18 @@ from opd_daemon.events import EventLog
 from opd_daemon.rpc.access import caller
 from opd_daemon.rpc.interceptor import Context
 from opd_daemon.runs.comparison import Comparisons
+from opd_daemon.runs.ledger import check_path
 from opd_daemon.runs.manager import RunManager
-from opd_daemon.types import Event, Gauges
+from opd_daemon.types import Event, EventKind, Gauges
 from opd_daemon.v1 import worker_pb2 as pb
 from opd_daemon.v1 import worker_pb2_grpc as rpc
 from opd_daemon.wire.comparison import answer_from_proto, error_from_proto, request_to_proto
 from opd_daemon.wire.events import event_from_proto, gauges_from_proto, state_from_proto
 from opd_daemon.wire.runs import run_to_proto
+
+# Texts are shortened instead.
+MOST_EVENT_BYTES = 64 << 10
+TEXTS = (EventKind.LOG, EventKind.SAMPLE)
 
 
 class WorkerServicer(rpc.WorkerServiceServicer):
@@ -71,6 +76,7 @@ class WorkerServicer(rpc.WorkerServiceServicer):
             case "event":
                 event = event_from_proto(message.event)
                 if event is not None:
+                    _require_small(message.event.ByteSize(), event)
                     await self._runs.report(run_id, Event(event.kind, run_id, event.payload, event.time))
             case "gauges":
                 gauges = gauges_from_proto(message.gauges)
@@ -86,6 +92,7 @@ class WorkerServicer(rpc.WorkerServiceServicer):
         state = state_from_proto(outcome.state)
         if state is None or not state.resting:
             raise invalid("outcome.state", "not a resting state; send SUCCEEDED, STOPPED, FAILED or INTERRUPTED")
+        check_path("outcome.adapter_path", outcome.adapter_path)
         await self._runs.finish(
             run_id,
             state,
@@ -93,6 +100,11 @@ class WorkerServicer(rpc.WorkerServiceServicer):
             error_message=outcome.error.message,
             adapter_path=outcome.adapter_path,
         )
+
+
+def _require_small(size: int, event: Event) -> None:
+    if size > MOST_EVENT_BYTES and event.kind not in TEXTS:
+        raise invalid("event", f"{size} bytes; an event of kind {event.kind} has at most {MOST_EVENT_BYTES}")
 
 
 def _own_run() -> str:

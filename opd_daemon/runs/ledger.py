@@ -10,12 +10,16 @@ from typing import Any
 from opd_daemon.errors import invalid
 from opd_daemon.events import EventLog
 from opd_daemon.plugins import PluginRegistry
+from opd_daemon.readable import shortened
 from opd_daemon.runs.states import conflict, moved
 from opd_daemon.store import Store
 from opd_daemon.types import Event, EventKind, Run, RunState
 
 FROM_WORKERS = frozenset(EventKind) - {EventKind.RUN_STATE, EventKind.TEACHER}
 STEPPED = frozenset({EventKind.METRICS, EventKind.EVALUATION, EventKind.CHECKPOINT})
+# Every watcher gets every event, and lists carry a run's error: what is longer stays in the run's own log.
+MOST_CHARACTERS = 8000
+LONGEST_PATH = 4096
 
 
 class Ledger:
@@ -39,7 +43,9 @@ class Ledger:
         """
         return await self.change(
             run_id,
-            lambda run: moved(replace(run, **changes), state, message=message, error_reason=error_reason),
+            lambda run: moved(
+                replace(run, **changes), state, message=shortened(message, MOST_CHARACTERS), error_reason=error_reason
+            ),
         )
 
     async def change(
@@ -69,19 +75,22 @@ class Ledger:
     async def report(self, run_id: str, *events: Event) -> int:
         """Store events of a run's worker and what they say about the run; returns the revision of the last.
 
+        Long texts are shortened.
+
         Raises:
             OpdError: RUN_STATE_CONFLICT when the run is not live; INVALID_REQUEST for an event no worker may send.
         """
         for event in events:
             _check(event)
+        bounded = [_bounded(event) for event in events]
 
         def action(store: Store) -> int:
             run = store.get_run(run_id)
             if run.state.resting or run.state is RunState.PENDING:
                 raise conflict(run, "takes no events")
-            for event in events:
+            for event in bounded:
                 run = told(run, event)
-            return store.write(run, events)[-1].revision
+            return store.write(run, bounded)[-1].revision
 
         return await self._events.commit(action) if events else await self._events.revision()
 
@@ -112,5 +121,20 @@ def _check(event: Event) -> None:
         raise invalid("event.kind", f"{event.kind}: the daemon writes these events itself")
     if event.kind in STEPPED and not isinstance(event.payload.get("step"), int):
         raise invalid("event.step", f"{event.payload.get('step')!r}: a {event.kind} event names its step")
-    if event.kind is EventKind.CHECKPOINT and not isinstance(event.payload.get("path"), str):
-        raise invalid("event.path", "a CHECKPOINT event names its folder")
+    if event.kind is EventKind.CHECKPOINT:
+        check_path("event.path", event.payload.get("path"))
+
+
+def check_path(field: str, path: Any) -> None:
+    """Raise INVALID_REQUEST for what can be no path."""
+    if not isinstance(path, str) or len(path) > LONGEST_PATH:
+        raise invalid(field, f"name a folder, in at most {LONGEST_PATH} characters")
+
+
+def _bounded(event: Event) -> Event:
+    """The event with texts that everyone can be sent."""
+    payload = {
+        name: shortened(value, MOST_CHARACTERS) if isinstance(value, str) else value
+        for name, value in event.payload.items()
+    }
+    return replace(event, payload=payload)

@@ -112,7 +112,9 @@ Global___LoraConfig: _TypeAlias = LoraConfig  # noqa: Y015
 
 @_typing.final
 class RunConfig(_message.Message):
-    """Everything a run is made of. A field that is absent takes its default. Paths are on the daemon's machine and absolute."""
+    """Everything a run is made of. A field that is absent takes its default; an empty string is as good as absent. Paths are on the daemon's
+    machine and absolute.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -244,7 +246,7 @@ class RunConfig(_message.Message):
     keep_last_n: _builtins.int
     """Checkpoints kept besides best and final. Default 3."""
     save_best_only: _builtins.bool
-    """Write checkpoints only when the evaluation improved, besides the last. Default false."""
+    """output_adapter_path gets the best adapter by validation, not the last, and one step's checkpoint is kept. Default false."""
     use_cache: _builtins.bool
     """Look teacher results up in the daemon's cache and keep new ones there. Default true."""
     seed: _builtins.int
@@ -782,7 +784,7 @@ class Run(_message.Message):
     total_steps: _builtins.int
     """Steps in all."""
     checkpoint_step: _builtins.int
-    """Step of the newest checkpoint; absent when there is none."""
+    """Step of the newest checkpoint a resume would go on from; absent when there is none."""
     best_step: _builtins.int
     """Step of the best checkpoint by validation; absent when there is none."""
     adapter_path: _builtins.str
@@ -795,7 +797,7 @@ class Run(_message.Message):
     """The report of a finished run, on the daemon's machine; DownloadReport streams it. Empty before there is one."""
     @_builtins.property
     def config(self) -> Global___RunConfig:
-        """The complete configuration, defaults filled in."""
+        """The complete configuration, defaults filled in; strings that are not set come back empty."""
 
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp:
@@ -815,7 +817,7 @@ class Run(_message.Message):
 
     @_builtins.property
     def plan(self) -> Global___RunPlan:
-        """The plan made when it was accepted."""
+        """The plan made when it was accepted, and made again when it starts."""
 
     @_builtins.property
     def latest_metrics(self) -> _event_pb2.StepMetrics:
@@ -876,7 +878,7 @@ class CreateRunRequest(_message.Message):
     FORCE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The caller's own id for this request, such as a UUID, at most 64 characters: sending the request again with the same id
-    answers with the same run instead of creating another. Empty: every call creates a run.
+    answers with the same run instead of creating another, for as long as that run isn't deleted. Empty: every call creates a run.
     """
     preset: _builtins.str
     """A preset of CatalogService.ListPresets, applied under the fields set in `config`. Empty: none."""
@@ -887,7 +889,7 @@ class CreateRunRequest(_message.Message):
     the known ones. Empty: the daemon's own.
     """
     force: _builtins.bool
-    """Accept the run although the plan says that it doesn't fit into memory."""
+    """Accept the run although the plan says that it doesn't fit into memory or onto the disk."""
     @_builtins.property
     def config(self) -> Global___RunConfig:
         """Required. The configuration."""
@@ -919,7 +921,7 @@ class CreateRunResponse(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """Revision of the log at which the run was accepted: watch after it to miss nothing."""
+    """Revision of the log before the run was accepted, also in an answer that is repeated: watch after it to miss nothing."""
     @_builtins.property
     def run(self) -> Global___Run:
         """The run; with validate_only as it would be, without a run_id unless one was given."""
@@ -1239,7 +1241,7 @@ class ListMetricsResponse(_message.Message):
 
     @_builtins.property
     def evaluations(self) -> _containers.RepeatedCompositeFieldContainer[_event_pb2.EvaluationMetrics]:
-        """All evaluations of the run, in order; with the first page only."""
+        """All evaluations of the run, in order, with the first page only; of more than 500, so many, evenly chosen."""
 
     @_builtins.property
     def best_checkpoint(self) -> Global___Checkpoint:
@@ -1342,7 +1344,7 @@ class ListCheckpointsResponse(_message.Message):
     CHECKPOINTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Checkpoint]:
-        """The checkpoints, oldest first."""
+        """The checkpoints, oldest first. One step may have several: its own, the best and the final one."""
 
     def __init__(
         self,

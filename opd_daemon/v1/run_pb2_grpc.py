@@ -110,7 +110,9 @@ class RunServiceServicer(object):
         """Checks a configuration, plans it and, unless `validate_only`, accepts the run. Everything that can be checked without loading
         weights is checked first, and every fault is reported at once.
 
-        Errors: INVALID_ARGUMENT/INVALID_RUN_CONFIG with one violation per fault, fields named `config.<name>`.
+        Errors: INVALID_ARGUMENT/INVALID_RUN_CONFIG with one violation per fault, fields named `config.<name>`, or `preset`.
+        INVALID_ARGUMENT/INVALID_REQUEST: `request_id` or `machine`. RESOURCE_EXHAUSTED/DISK_FULL: also when all runs together
+        would keep more than the daemon's owner allows.
         ALREADY_EXISTS/REQUEST_ID_REUSED: the request_id came before with another configuration.
         FAILED_PRECONDITION/RUN_REFUSED: a plugin refused the run. RESOURCE_EXHAUSTED/OUT_OF_MEMORY: it would not fit (see `force`).
         """
@@ -126,14 +128,15 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListRuns(self, request, context):
-        """Runs, newest first, in pages.
+        """Runs, newest first, in pages. Errors: INVALID_ARGUMENT/INVALID_PAGE_TOKEN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StopRun(self, request, context):
-        """Stops a run: a run that trains finishes its step, writes a checkpoint and ends STOPPED; a PENDING one ends STOPPED at once.
+        """Stops a run: a run that trains finishes its step, writes a checkpoint and normally ends STOPPED, SUCCEEDED if that was its last
+        step, INTERRUPTED if it isn't done in time; a PENDING one ends STOPPED at once.
         Returns without waiting; watch for the state. Stopping a run that is STOPPING already changes nothing and succeeds.
 
         Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is resting.
@@ -146,7 +149,7 @@ class RunServiceServicer(object):
         """Takes a STOPPED, FAILED or INTERRUPTED run up again from its last checkpoint, or from the start if it has none.
 
         Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live or SUCCEEDED.
-        INVALID_ARGUMENT/INVALID_RUN_CONFIG: what it needs is not there any more.
+        INVALID_ARGUMENT/INVALID_RUN_CONFIG: what it needs is not there any more. NOT_FOUND/TRAINER_NOT_FOUND: nor is its trainer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,9 +157,10 @@ class RunServiceServicer(object):
 
     def DeleteRun(self, request, context):
         """Removes a resting run with its checkpoints and metrics. Its events stay in the log, which has no gaps, until they are
-        compacted; the adapter copied to output_adapter_path stays.
+        compacted; the adapter copied to output_adapter_path stays. Its name may be used again: a watch on that name then shows the
+        events of both.
 
-        Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live.
+        Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live, or its models are being compared.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -164,13 +168,15 @@ class RunServiceServicer(object):
 
     def ListMetrics(self, request, context):
         """Metrics of a run by step, in pages, thinned on request.
+
+        Errors: NOT_FOUND/RUN_NOT_FOUND. INVALID_ARGUMENT/INVALID_PAGE_TOKEN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListCheckpoints(self, request, context):
-        """Checkpoints of a run that are on disk now, oldest first.
+        """Checkpoints of a run that are on disk now, oldest first. Errors: NOT_FOUND/RUN_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -195,7 +201,8 @@ class RunServiceServicer(object):
 
         Errors: OUT_OF_RANGE/REVISION_COMPACTED: events after the cursor are gone; metadata `oldest_revision` tells from where they
         are kept. OUT_OF_RANGE/REVISION_IN_FUTURE. FAILED_PRECONDITION/STORE_CHANGED: `expected_store_id` names another store,
-        so the cursor means nothing here. NOT_FOUND/RUN_NOT_FOUND. UNAVAILABLE/SHUTTING_DOWN: the daemon stops; resume later.
+        so the cursor means nothing here. NOT_FOUND/RUN_NOT_FOUND. RESOURCE_EXHAUSTED/TOO_MANY_WATCHERS.
+        UNAVAILABLE/SHUTTING_DOWN: the daemon stops; resume later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -216,8 +223,10 @@ class RunServiceServicer(object):
         answers in a worker process of the run's own; the teacher is the resident one.
 
         Errors: NOT_FOUND/RUN_NOT_FOUND or CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION/TEACHER_NOT_LOADED, TEACHER_CHANGED: the teacher
-        loaded is another one than the run's. FAILED_PRECONDITION/RUN_STATE_CONFLICT: a run is training; the machine's
-        place for heavy work is taken. INVALID_ARGUMENT: no prompts, or a model of another name.
+        loaded is another one than the run's. FAILED_PRECONDITION/RUN_STATE_CONFLICT: a run is training or another comparison is going
+        on; the machine's place for heavy work is taken. INVALID_ARGUMENT: no prompts, more than 100, or a model of another name.
+        PERMISSION_DENIED/PATH_NOT_ALLOWED: the run's folders lie outside those this daemon may open today.
+        RESOURCE_EXHAUSTED/OUT_OF_MEMORY and INTERNAL/WORKER_DIED: a student's process could not go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -229,7 +238,8 @@ class RunServiceServicer(object):
         stream that breaks off leaves nothing behind.
 
         Errors: INVALID_ARGUMENT/INVALID_REQUEST: empty, larger than 256 MiB, a piece larger than 1 MiB, or not what `sha256` says.
-        RESOURCE_EXHAUSTED/DISK_FULL: also when all uploads together would take more than 4 GiB.
+        RESOURCE_EXHAUSTED/DISK_FULL: also when all uploads together would take more than 4 GiB. DEADLINE_EXCEEDED: nothing came for
+        30 seconds, or not all of it within 15 minutes; four files are received at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

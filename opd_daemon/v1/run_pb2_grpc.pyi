@@ -37,16 +37,19 @@ class RunServiceStub:
     """Checks a configuration, plans it and, unless `validate_only`, accepts the run. Everything that can be checked without loading
     weights is checked first, and every fault is reported at once.
 
-    Errors: INVALID_ARGUMENT/INVALID_RUN_CONFIG with one violation per fault, fields named `config.<name>`.
+    Errors: INVALID_ARGUMENT/INVALID_RUN_CONFIG with one violation per fault, fields named `config.<name>`, or `preset`.
+    INVALID_ARGUMENT/INVALID_REQUEST: `request_id` or `machine`. RESOURCE_EXHAUSTED/DISK_FULL: also when all runs together
+    would keep more than the daemon's owner allows.
     ALREADY_EXISTS/REQUEST_ID_REUSED: the request_id came before with another configuration.
     FAILED_PRECONDITION/RUN_REFUSED: a plugin refused the run. RESOURCE_EXHAUSTED/OUT_OF_MEMORY: it would not fit (see `force`).
     """
     GetRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.GetRunRequest, _run_pb2.GetRunResponse]
     """One run. Errors: NOT_FOUND/RUN_NOT_FOUND."""
     ListRuns: _grpc.UnaryUnaryMultiCallable[_run_pb2.ListRunsRequest, _run_pb2.ListRunsResponse]
-    """Runs, newest first, in pages."""
+    """Runs, newest first, in pages. Errors: INVALID_ARGUMENT/INVALID_PAGE_TOKEN."""
     StopRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.StopRunRequest, _run_pb2.StopRunResponse]
-    """Stops a run: a run that trains finishes its step, writes a checkpoint and ends STOPPED; a PENDING one ends STOPPED at once.
+    """Stops a run: a run that trains finishes its step, writes a checkpoint and normally ends STOPPED, SUCCEEDED if that was its last
+    step, INTERRUPTED if it isn't done in time; a PENDING one ends STOPPED at once.
     Returns without waiting; watch for the state. Stopping a run that is STOPPING already changes nothing and succeeds.
 
     Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is resting.
@@ -55,18 +58,22 @@ class RunServiceStub:
     """Takes a STOPPED, FAILED or INTERRUPTED run up again from its last checkpoint, or from the start if it has none.
 
     Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live or SUCCEEDED.
-    INVALID_ARGUMENT/INVALID_RUN_CONFIG: what it needs is not there any more.
+    INVALID_ARGUMENT/INVALID_RUN_CONFIG: what it needs is not there any more. NOT_FOUND/TRAINER_NOT_FOUND: nor is its trainer.
     """
     DeleteRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.DeleteRunRequest, _run_pb2.DeleteRunResponse]
     """Removes a resting run with its checkpoints and metrics. Its events stay in the log, which has no gaps, until they are
-    compacted; the adapter copied to output_adapter_path stays.
+    compacted; the adapter copied to output_adapter_path stays. Its name may be used again: a watch on that name then shows the
+    events of both.
 
-    Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live.
+    Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live, or its models are being compared.
     """
     ListMetrics: _grpc.UnaryUnaryMultiCallable[_run_pb2.ListMetricsRequest, _run_pb2.ListMetricsResponse]
-    """Metrics of a run by step, in pages, thinned on request."""
+    """Metrics of a run by step, in pages, thinned on request.
+
+    Errors: NOT_FOUND/RUN_NOT_FOUND. INVALID_ARGUMENT/INVALID_PAGE_TOKEN.
+    """
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_run_pb2.ListCheckpointsRequest, _run_pb2.ListCheckpointsResponse]
-    """Checkpoints of a run that are on disk now, oldest first."""
+    """Checkpoints of a run that are on disk now, oldest first. Errors: NOT_FOUND/RUN_NOT_FOUND."""
     DownloadAdapter: _grpc.UnaryStreamMultiCallable[_run_pb2.DownloadAdapterRequest, _run_pb2.DownloadAdapterResponse]
     """Streams the files of an adapter folder, each in pieces, in order. The folder is what mlx-lm loads with --adapter-path.
 
@@ -82,7 +89,8 @@ class RunServiceStub:
 
     Errors: OUT_OF_RANGE/REVISION_COMPACTED: events after the cursor are gone; metadata `oldest_revision` tells from where they
     are kept. OUT_OF_RANGE/REVISION_IN_FUTURE. FAILED_PRECONDITION/STORE_CHANGED: `expected_store_id` names another store,
-    so the cursor means nothing here. NOT_FOUND/RUN_NOT_FOUND. UNAVAILABLE/SHUTTING_DOWN: the daemon stops; resume later.
+    so the cursor means nothing here. NOT_FOUND/RUN_NOT_FOUND. RESOURCE_EXHAUSTED/TOO_MANY_WATCHERS.
+    UNAVAILABLE/SHUTTING_DOWN: the daemon stops; resume later.
     """
     DownloadReport: _grpc.UnaryStreamMultiCallable[_run_pb2.DownloadReportRequest, _run_pb2.DownloadReportResponse]
     """Streams the report of a finished run: one self-contained HTML file, then its pictures as PNG, each in pieces, in order.
@@ -95,8 +103,10 @@ class RunServiceStub:
     answers in a worker process of the run's own; the teacher is the resident one.
 
     Errors: NOT_FOUND/RUN_NOT_FOUND or CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION/TEACHER_NOT_LOADED, TEACHER_CHANGED: the teacher
-    loaded is another one than the run's. FAILED_PRECONDITION/RUN_STATE_CONFLICT: a run is training; the machine's
-    place for heavy work is taken. INVALID_ARGUMENT: no prompts, or a model of another name.
+    loaded is another one than the run's. FAILED_PRECONDITION/RUN_STATE_CONFLICT: a run is training or another comparison is going
+    on; the machine's place for heavy work is taken. INVALID_ARGUMENT: no prompts, more than 100, or a model of another name.
+    PERMISSION_DENIED/PATH_NOT_ALLOWED: the run's folders lie outside those this daemon may open today.
+    RESOURCE_EXHAUSTED/OUT_OF_MEMORY and INTERNAL/WORKER_DIED: a student's process could not go on.
     """
     UploadPrompts: _grpc.StreamUnaryMultiCallable[_run_pb2.UploadPromptsRequest, _run_pb2.UploadPromptsResponse]
     """Keeps a JSONL file of prompts on the daemon's machine, for clients that share no disk with it, and answers with the path to name
@@ -104,7 +114,8 @@ class RunServiceStub:
     stream that breaks off leaves nothing behind.
 
     Errors: INVALID_ARGUMENT/INVALID_REQUEST: empty, larger than 256 MiB, a piece larger than 1 MiB, or not what `sha256` says.
-    RESOURCE_EXHAUSTED/DISK_FULL: also when all uploads together would take more than 4 GiB.
+    RESOURCE_EXHAUSTED/DISK_FULL: also when all uploads together would take more than 4 GiB. DEADLINE_EXCEEDED: nothing came for
+    30 seconds, or not all of it within 15 minutes; four files are received at a time.
     """
 
 @_typing.type_check_only
@@ -116,16 +127,19 @@ class RunServiceAsyncStub(RunServiceStub):
     """Checks a configuration, plans it and, unless `validate_only`, accepts the run. Everything that can be checked without loading
     weights is checked first, and every fault is reported at once.
 
-    Errors: INVALID_ARGUMENT/INVALID_RUN_CONFIG with one violation per fault, fields named `config.<name>`.
+    Errors: INVALID_ARGUMENT/INVALID_RUN_CONFIG with one violation per fault, fields named `config.<name>`, or `preset`.
+    INVALID_ARGUMENT/INVALID_REQUEST: `request_id` or `machine`. RESOURCE_EXHAUSTED/DISK_FULL: also when all runs together
+    would keep more than the daemon's owner allows.
     ALREADY_EXISTS/REQUEST_ID_REUSED: the request_id came before with another configuration.
     FAILED_PRECONDITION/RUN_REFUSED: a plugin refused the run. RESOURCE_EXHAUSTED/OUT_OF_MEMORY: it would not fit (see `force`).
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_run_pb2.GetRunRequest, _run_pb2.GetRunResponse]  # type: ignore[assignment]
     """One run. Errors: NOT_FOUND/RUN_NOT_FOUND."""
     ListRuns: _aio.UnaryUnaryMultiCallable[_run_pb2.ListRunsRequest, _run_pb2.ListRunsResponse]  # type: ignore[assignment]
-    """Runs, newest first, in pages."""
+    """Runs, newest first, in pages. Errors: INVALID_ARGUMENT/INVALID_PAGE_TOKEN."""
     StopRun: _aio.UnaryUnaryMultiCallable[_run_pb2.StopRunRequest, _run_pb2.StopRunResponse]  # type: ignore[assignment]
-    """Stops a run: a run that trains finishes its step, writes a checkpoint and ends STOPPED; a PENDING one ends STOPPED at once.
+    """Stops a run: a run that trains finishes its step, writes a checkpoint and normally ends STOPPED, SUCCEEDED if that was its last
+    step, INTERRUPTED if it isn't done in time; a PENDING one ends STOPPED at once.
     Returns without waiting; watch for the state. Stopping a run that is STOPPING already changes nothing and succeeds.
 
     Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is resting.
@@ -134,18 +148,22 @@ class RunServiceAsyncStub(RunServiceStub):
     """Takes a STOPPED, FAILED or INTERRUPTED run up again from its last checkpoint, or from the start if it has none.
 
     Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live or SUCCEEDED.
-    INVALID_ARGUMENT/INVALID_RUN_CONFIG: what it needs is not there any more.
+    INVALID_ARGUMENT/INVALID_RUN_CONFIG: what it needs is not there any more. NOT_FOUND/TRAINER_NOT_FOUND: nor is its trainer.
     """
     DeleteRun: _aio.UnaryUnaryMultiCallable[_run_pb2.DeleteRunRequest, _run_pb2.DeleteRunResponse]  # type: ignore[assignment]
     """Removes a resting run with its checkpoints and metrics. Its events stay in the log, which has no gaps, until they are
-    compacted; the adapter copied to output_adapter_path stays.
+    compacted; the adapter copied to output_adapter_path stays. Its name may be used again: a watch on that name then shows the
+    events of both.
 
-    Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live.
+    Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live, or its models are being compared.
     """
     ListMetrics: _aio.UnaryUnaryMultiCallable[_run_pb2.ListMetricsRequest, _run_pb2.ListMetricsResponse]  # type: ignore[assignment]
-    """Metrics of a run by step, in pages, thinned on request."""
+    """Metrics of a run by step, in pages, thinned on request.
+
+    Errors: NOT_FOUND/RUN_NOT_FOUND. INVALID_ARGUMENT/INVALID_PAGE_TOKEN.
+    """
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_run_pb2.ListCheckpointsRequest, _run_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
-    """Checkpoints of a run that are on disk now, oldest first."""
+    """Checkpoints of a run that are on disk now, oldest first. Errors: NOT_FOUND/RUN_NOT_FOUND."""
     DownloadAdapter: _aio.UnaryStreamMultiCallable[_run_pb2.DownloadAdapterRequest, _run_pb2.DownloadAdapterResponse]  # type: ignore[assignment]
     """Streams the files of an adapter folder, each in pieces, in order. The folder is what mlx-lm loads with --adapter-path.
 
@@ -161,7 +179,8 @@ class RunServiceAsyncStub(RunServiceStub):
 
     Errors: OUT_OF_RANGE/REVISION_COMPACTED: events after the cursor are gone; metadata `oldest_revision` tells from where they
     are kept. OUT_OF_RANGE/REVISION_IN_FUTURE. FAILED_PRECONDITION/STORE_CHANGED: `expected_store_id` names another store,
-    so the cursor means nothing here. NOT_FOUND/RUN_NOT_FOUND. UNAVAILABLE/SHUTTING_DOWN: the daemon stops; resume later.
+    so the cursor means nothing here. NOT_FOUND/RUN_NOT_FOUND. RESOURCE_EXHAUSTED/TOO_MANY_WATCHERS.
+    UNAVAILABLE/SHUTTING_DOWN: the daemon stops; resume later.
     """
     DownloadReport: _aio.UnaryStreamMultiCallable[_run_pb2.DownloadReportRequest, _run_pb2.DownloadReportResponse]  # type: ignore[assignment]
     """Streams the report of a finished run: one self-contained HTML file, then its pictures as PNG, each in pieces, in order.
@@ -174,8 +193,10 @@ class RunServiceAsyncStub(RunServiceStub):
     answers in a worker process of the run's own; the teacher is the resident one.
 
     Errors: NOT_FOUND/RUN_NOT_FOUND or CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION/TEACHER_NOT_LOADED, TEACHER_CHANGED: the teacher
-    loaded is another one than the run's. FAILED_PRECONDITION/RUN_STATE_CONFLICT: a run is training; the machine's
-    place for heavy work is taken. INVALID_ARGUMENT: no prompts, or a model of another name.
+    loaded is another one than the run's. FAILED_PRECONDITION/RUN_STATE_CONFLICT: a run is training or another comparison is going
+    on; the machine's place for heavy work is taken. INVALID_ARGUMENT: no prompts, more than 100, or a model of another name.
+    PERMISSION_DENIED/PATH_NOT_ALLOWED: the run's folders lie outside those this daemon may open today.
+    RESOURCE_EXHAUSTED/OUT_OF_MEMORY and INTERNAL/WORKER_DIED: a student's process could not go on.
     """
     UploadPrompts: _aio.StreamUnaryMultiCallable[_run_pb2.UploadPromptsRequest, _run_pb2.UploadPromptsResponse]  # type: ignore[assignment]
     """Keeps a JSONL file of prompts on the daemon's machine, for clients that share no disk with it, and answers with the path to name
@@ -183,7 +204,8 @@ class RunServiceAsyncStub(RunServiceStub):
     stream that breaks off leaves nothing behind.
 
     Errors: INVALID_ARGUMENT/INVALID_REQUEST: empty, larger than 256 MiB, a piece larger than 1 MiB, or not what `sha256` says.
-    RESOURCE_EXHAUSTED/DISK_FULL: also when all uploads together would take more than 4 GiB.
+    RESOURCE_EXHAUSTED/DISK_FULL: also when all uploads together would take more than 4 GiB. DEADLINE_EXCEEDED: nothing came for
+    30 seconds, or not all of it within 15 minutes; four files are received at a time.
     """
 
 class RunServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -198,7 +220,9 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         """Checks a configuration, plans it and, unless `validate_only`, accepts the run. Everything that can be checked without loading
         weights is checked first, and every fault is reported at once.
 
-        Errors: INVALID_ARGUMENT/INVALID_RUN_CONFIG with one violation per fault, fields named `config.<name>`.
+        Errors: INVALID_ARGUMENT/INVALID_RUN_CONFIG with one violation per fault, fields named `config.<name>`, or `preset`.
+        INVALID_ARGUMENT/INVALID_REQUEST: `request_id` or `machine`. RESOURCE_EXHAUSTED/DISK_FULL: also when all runs together
+        would keep more than the daemon's owner allows.
         ALREADY_EXISTS/REQUEST_ID_REUSED: the request_id came before with another configuration.
         FAILED_PRECONDITION/RUN_REFUSED: a plugin refused the run. RESOURCE_EXHAUSTED/OUT_OF_MEMORY: it would not fit (see `force`).
         """
@@ -217,7 +241,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.ListRunsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.ListRunsResponse, _abc.Awaitable[_run_pb2.ListRunsResponse]]:
-        """Runs, newest first, in pages."""
+        """Runs, newest first, in pages. Errors: INVALID_ARGUMENT/INVALID_PAGE_TOKEN."""
 
     @_abc_1.abstractmethod
     def StopRun(
@@ -225,7 +249,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.StopRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.StopRunResponse, _abc.Awaitable[_run_pb2.StopRunResponse]]:
-        """Stops a run: a run that trains finishes its step, writes a checkpoint and ends STOPPED; a PENDING one ends STOPPED at once.
+        """Stops a run: a run that trains finishes its step, writes a checkpoint and normally ends STOPPED, SUCCEEDED if that was its last
+        step, INTERRUPTED if it isn't done in time; a PENDING one ends STOPPED at once.
         Returns without waiting; watch for the state. Stopping a run that is STOPPING already changes nothing and succeeds.
 
         Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is resting.
@@ -240,7 +265,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         """Takes a STOPPED, FAILED or INTERRUPTED run up again from its last checkpoint, or from the start if it has none.
 
         Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live or SUCCEEDED.
-        INVALID_ARGUMENT/INVALID_RUN_CONFIG: what it needs is not there any more.
+        INVALID_ARGUMENT/INVALID_RUN_CONFIG: what it needs is not there any more. NOT_FOUND/TRAINER_NOT_FOUND: nor is its trainer.
         """
 
     @_abc_1.abstractmethod
@@ -250,9 +275,10 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.DeleteRunResponse, _abc.Awaitable[_run_pb2.DeleteRunResponse]]:
         """Removes a resting run with its checkpoints and metrics. Its events stay in the log, which has no gaps, until they are
-        compacted; the adapter copied to output_adapter_path stays.
+        compacted; the adapter copied to output_adapter_path stays. Its name may be used again: a watch on that name then shows the
+        events of both.
 
-        Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live.
+        Errors: NOT_FOUND/RUN_NOT_FOUND. FAILED_PRECONDITION/RUN_STATE_CONFLICT: the run is live, or its models are being compared.
         """
 
     @_abc_1.abstractmethod
@@ -261,7 +287,10 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.ListMetricsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.ListMetricsResponse, _abc.Awaitable[_run_pb2.ListMetricsResponse]]:
-        """Metrics of a run by step, in pages, thinned on request."""
+        """Metrics of a run by step, in pages, thinned on request.
+
+        Errors: NOT_FOUND/RUN_NOT_FOUND. INVALID_ARGUMENT/INVALID_PAGE_TOKEN.
+        """
 
     @_abc_1.abstractmethod
     def ListCheckpoints(
@@ -269,7 +298,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.ListCheckpointsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.ListCheckpointsResponse, _abc.Awaitable[_run_pb2.ListCheckpointsResponse]]:
-        """Checkpoints of a run that are on disk now, oldest first."""
+        """Checkpoints of a run that are on disk now, oldest first. Errors: NOT_FOUND/RUN_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def DownloadAdapter(
@@ -297,7 +326,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: OUT_OF_RANGE/REVISION_COMPACTED: events after the cursor are gone; metadata `oldest_revision` tells from where they
         are kept. OUT_OF_RANGE/REVISION_IN_FUTURE. FAILED_PRECONDITION/STORE_CHANGED: `expected_store_id` names another store,
-        so the cursor means nothing here. NOT_FOUND/RUN_NOT_FOUND. UNAVAILABLE/SHUTTING_DOWN: the daemon stops; resume later.
+        so the cursor means nothing here. NOT_FOUND/RUN_NOT_FOUND. RESOURCE_EXHAUSTED/TOO_MANY_WATCHERS.
+        UNAVAILABLE/SHUTTING_DOWN: the daemon stops; resume later.
         """
 
     @_abc_1.abstractmethod
@@ -322,8 +352,10 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         answers in a worker process of the run's own; the teacher is the resident one.
 
         Errors: NOT_FOUND/RUN_NOT_FOUND or CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION/TEACHER_NOT_LOADED, TEACHER_CHANGED: the teacher
-        loaded is another one than the run's. FAILED_PRECONDITION/RUN_STATE_CONFLICT: a run is training; the machine's
-        place for heavy work is taken. INVALID_ARGUMENT: no prompts, or a model of another name.
+        loaded is another one than the run's. FAILED_PRECONDITION/RUN_STATE_CONFLICT: a run is training or another comparison is going
+        on; the machine's place for heavy work is taken. INVALID_ARGUMENT: no prompts, more than 100, or a model of another name.
+        PERMISSION_DENIED/PATH_NOT_ALLOWED: the run's folders lie outside those this daemon may open today.
+        RESOURCE_EXHAUSTED/OUT_OF_MEMORY and INTERNAL/WORKER_DIED: a student's process could not go on.
         """
 
     @_abc_1.abstractmethod
@@ -337,7 +369,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         stream that breaks off leaves nothing behind.
 
         Errors: INVALID_ARGUMENT/INVALID_REQUEST: empty, larger than 256 MiB, a piece larger than 1 MiB, or not what `sha256` says.
-        RESOURCE_EXHAUSTED/DISK_FULL: also when all uploads together would take more than 4 GiB.
+        RESOURCE_EXHAUSTED/DISK_FULL: also when all uploads together would take more than 4 GiB. DEADLINE_EXCEEDED: nothing came for
+        30 seconds, or not all of it within 15 minutes; four files are received at a time.
         """
 
 def add_RunServiceServicer_to_server(servicer: RunServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
