@@ -31,7 +31,7 @@ from tests.bad_inputs.stage import Stage, raised
 
 SEED = 20261126
 REQUESTS = int(os.environ.get("OPD_SOAK_REQUESTS", "100000")) if SOAK else 2_000
-FRAMES = 5_000 if SOAK else 150
+FRAMES = 20_000 if SOAK else 150
 AT_ONCE = 16
 BATCH = 400
 LONG = pytest.mark.timeout(7200 if SOAK else 300)

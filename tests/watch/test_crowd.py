@@ -17,9 +17,10 @@ from opd_daemon.store import Store
 from opd_daemon.turns import Turns
 from opd_daemon.types import Gauges
 from tests.asynchronous import asynchronous
+from tests.bad_inputs.soak import SOAK
 from tests.test_events import NOW, add_run, append_many, event, event_log
 
-CROWD = 200
+CROWD = 1000 if SOAK else 200
 
 
 async def followed(log: EventLog, last: int, after_revision: int | None = 0) -> list[int]:

@@ -19,11 +19,12 @@ from opd_daemon.home import Home
 from opd_daemon.store import Store
 from opd_daemon.types import Event
 from opd_daemon.v1 import run_pb2, run_pb2_grpc
+from tests.bad_inputs.soak import SOAK
 from tests.test_events import NOW, event
 from tests.test_store import make_run
 
 EVENTS = 20
-STORM = 60
+STORM = 200 if SOAK else 60
 
 
 def filled(home: Home) -> None:
