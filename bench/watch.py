@@ -37,6 +37,7 @@ import psutil
 
 from opd_daemon.client.connection import TokenInterceptor
 from opd_daemon.events import EventLog
+from opd_daemon.home import Home
 from opd_daemon.rpc.access import Gate
 from opd_daemon.rpc.interceptor import Border
 from opd_daemon.rpc.run_service import RunServicer
@@ -71,8 +72,8 @@ async def serve(folder: Path) -> None:
     log = EventLog(Store(folder / "opd.db"))
     runs: Any = Reporting(log)
     gate = Gate(CLIENT, lambda token: RUN if token == WORKER else None)
-    server = grpc.aio.server(interceptors=[Border(gate)])
-    run_pb2_grpc.add_RunServiceServicer_to_server(RunServicer(runs, log, runs), server)
+    server = grpc.aio.server(interceptors=[Border(gate, Home(folder))])
+    run_pb2_grpc.add_RunServiceServicer_to_server(RunServicer(runs, log, runs, uploads=runs, roots=runs), server)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(runs, log, runs), server)
     server.add_insecure_port(address(folder))
     await server.start()
