@@ -46,6 +46,11 @@ class Home:
         """The home named by `$OPD_HOME`, else `~/.opd`."""
         return cls(Path(os.environ.get("OPD_HOME") or Path.home() / ".opd").expanduser().absolute())
 
+    def make(self) -> None:
+        """Make the folder, for its owner alone: prompts and models lie in it. One that is there stays as it is."""
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(mode=0o700, exist_ok=True)
+
     @property
     def runtime(self) -> Path:
         """Socket, lock and discovery file of the live daemon; mode 0700."""

@@ -215,6 +215,10 @@ RESUMABLE = frozenset({RunState.STOPPED, RunState.FAILED, RunState.INTERRUPTED})
 RESTING = RESUMABLE | {RunState.SUCCEEDED}
 
 
+# A part of the disk that a plan counts and that is no run's.
+TEACHER_CACHE = "teacher cache"
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedBytes:
     """One part of what a run takes. process: "daemon" or "worker", empty for disk."""
@@ -336,7 +340,8 @@ class StepMetrics:
     most likely token is the same; top5_agreement: where the teacher's most likely token is among the student's five
     most likely. bias_gap: exact minus approximate trained divergence per token, on bias_tokens tokens.
     staleness: updates between the student that sampled and the one that was updated. *_peak_bytes: of the worker's
-    MLX in that phase. The rest is named as in the contract's StepMetrics.
+    MLX in that phase. compared_tokens: those that kl_mean to teacher_entropy are about; where there are none, those
+    numbers are no measurements. The rest is named as in the contract's StepMetrics.
     """
 
     step: int
@@ -389,6 +394,7 @@ class StepMetrics:
     rollout_peak_bytes: int = 0
     teacher_peak_bytes: int = 0
     student_peak_bytes: int = 0
+    compared_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ def demo(
 
     settings = story.DemoSettings(Home.default().root / "demo", trainer, steps)
     settings.run_values(Path(), Path())  # refuses a wrong --trainer before anything is prepared
+    Home.default().make()
     seconds, stage = Seconds(), TerminalStage()
     models = story.prepare_models(settings, seconds, stage)
     with story.demo_daemon(settings, seconds, stage) as client:

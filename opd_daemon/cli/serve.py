@@ -52,6 +52,7 @@ def serve(
     ),
     teacher: str | None = typer.Option(None, metavar="PATH", help="Load this teacher at the start."),
     cache_limit: str = typer.Option("20GB", metavar="SIZE", help="Size the teacher cache may grow to."),
+    runs_limit: str = typer.Option("100GB", metavar="SIZE", help="Size that all runs together may keep on disk."),
     max_runs: int = typer.Option(1, min=1, help="Runs that train at the same time; more of them wait."),
     max_watchers: int = typer.Option(4000, min=1, help="Watches that may be open at the same time, besides workers'."),
     keep_days: int = typer.Option(30, min=1, max=36_500, metavar="DAYS", help="Age at which events are forgotten."),
@@ -74,6 +75,7 @@ def serve(
     if log_level not in ("debug", "info", "warning", "error"):
         raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error", param_hint="--log-level")
     limit = text.parse_size(cache_limit, "--cache-limit")
+    run_bytes = text.parse_size(runs_limit, "--runs-limit")
     event_bytes = text.parse_size(keep_events, "--keep-events")
     listener = _listener(listen, tls_cert, tls_key, tls_client_ca)
 
@@ -91,6 +93,7 @@ def serve(
         allowed_roots=tuple(allow_root),
         until_stdin_closes=until_stdin_closes,
         cache_limit_bytes=limit,
+        runs_limit_bytes=run_bytes,
         teacher_path=model_argument(teacher) if teacher else None,
         max_concurrent_runs=max_runs,
         max_watchers=max_watchers,

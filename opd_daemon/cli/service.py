@@ -25,12 +25,15 @@ def install(
 
     Installing again puts the new options in place of the old ones.
     """
+    from opd_daemon.home import Home
+
     unit, manager = _unit(context.args), keeper()
     content = manager.render(unit)
     if print_only:
         output.show(content.decode().rstrip("\n"))
         return exits.OK
-    unit.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    Home(unit.home).make()
+    unit.log.parent.mkdir(mode=0o700, exist_ok=True)
     manager.file.parent.mkdir(parents=True, exist_ok=True)
     earlier = manager.file.read_bytes() if manager.file.exists() else None
     manager.file.write_bytes(content)

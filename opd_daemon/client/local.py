@@ -35,7 +35,8 @@ class LocalDaemon:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.home.make()
+        self.log.parent.mkdir(mode=0o700, exist_ok=True)
         start = self.log.stat().st_size if self.log.exists() else 0
         command = [
             sys.executable,

@@ -10,7 +10,7 @@ from opd_daemon.config import RunConfig
 from opd_daemon.distill.activations import block_bytes, kept_blocks
 from opd_daemon.distill.rates import Pair
 from opd_daemon.distill.workload import STUDENT_DECODES, Decode, Forward, Workload, own_samples
-from opd_daemon.types import PlannedBytes
+from opd_daemon.types import TEACHER_CACHE, PlannedBytes
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -154,7 +154,7 @@ def disk_parts(work: Workload, pair: Pair) -> list[PlannedBytes]:
     checkpoints = (1 + moments) * state * (1 if config.save_best_only else config.keep_last_n) + 2 * state
     rollouts = config.num_steps * work.step_sequences * (80 + 11 * config.max_generation_tokens)
     parts = {
-        "teacher cache": cached if config.use_cache else 0,
+        TEACHER_CACHE: cached if config.use_cache else 0,
         "checkpoints": checkpoints,
         "rollouts": rollouts,
         "metrics and report": 2 * MIB + config.num_steps * 2500,

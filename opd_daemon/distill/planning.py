@@ -36,7 +36,7 @@ from opd_daemon.distill.workload import (
 )
 from opd_daemon.models.folder import ModelFolder, read_folder
 from opd_daemon.readable import size
-from opd_daemon.types import Plan, PlannedBytes
+from opd_daemon.types import TEACHER_CACHE, Plan, PlannedBytes
 
 if TYPE_CHECKING:
     from opd_daemon.trainer import TrainerInfo
@@ -274,7 +274,7 @@ def _memory_obstacles(facts: RunFacts) -> Iterator[str]:
 
 def _disk_obstacles(facts: RunFacts, disk: DiskSpace) -> Iterator[str]:
     parts = {part.name: part.bytes for part in facts.disk_parts}
-    cached = parts.pop("teacher cache", 0)
+    cached = parts.pop(TEACHER_CACHE, 0)
     # A full cache gives up its oldest answers.
     needed = sum(parts.values()) + min(cached, max(0, disk.cache_limit_bytes - disk.cache_bytes))
     if needed > disk.free_bytes:

@@ -48,6 +48,9 @@ def folder(home: Home) -> Finding:
         return error("home", f"{home.root} can be written to by others", f"chmod go-w {home.root}")
     if home.runtime.is_dir() and _mode(home.runtime) & ANYONE_ELSE:
         return error("home", f"{home.runtime} is open to others", f"chmod 700 {home.runtime}")
+    if _mode(home.root) & ANYONE_ELSE:
+        text = f"{home.root} can be read by others of this machine: prompts, completions and adapters lie in it"
+        return warning("home", text, f"chmod 700 {home.root}")
     return fine("home", str(home.root))
 
 

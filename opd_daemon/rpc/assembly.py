@@ -28,6 +28,7 @@ from opd_daemon.runs.states import LIVE
 from opd_daemon.runs.uploads import Uploads
 from opd_daemon.runs.workers import Workers
 from opd_daemon.store import Store
+from opd_daemon.teacher.folder import is_model
 from opd_daemon.teacher.service import TeacherService
 from opd_daemon.types import Event, EventKind, Plan, Run, TeacherState
 
@@ -45,12 +46,13 @@ ALL_RUNS = 500
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one daemon may take: bytes of teacher cache, runs at a time, watches, kept events; its patience with runs.
+    """What one daemon may take: bytes of teacher cache and of runs, runs at a time, watches, kept events; its patience.
 
     stop_grace_seconds: for one that is to stop. stall: for one that doesn't get on.
     """
 
     cache_bytes: int
+    run_bytes: int
     concurrent_runs: int
     stop_grace_seconds: float
     watchers: int = MAX_WATCHERS
@@ -65,14 +67,15 @@ class ResidentTeacher:
         self.service = service
         self._events = events
         self._announced: tuple[TeacherState, str] | None = None
+        self._settling: asyncio.Task[None] | None = None
 
-    def path(self) -> str:
-        """The loaded teacher's folder; empty when there is none."""
-        return self.service.info.path if self.service.info else ""
+    def holds(self, model: str) -> bool:
+        """Whether the model of this folder or hub id is loaded."""
+        return is_model(self.service.info, model)
 
     async def ensure(self, path: str) -> None:
         """Load the teacher at `path` unless it is there, after any load under way. Raises what a load raises."""
-        while self.path() != path:
+        while not self.holds(path):
             try:
                 async for _ in self.service.load(path):
                     pass
@@ -85,7 +88,7 @@ class ResidentTeacher:
                 await self.announce()
 
     async def announce(self, message: str = "") -> None:
-        """Record the teacher's state as an event, if it has changed."""
+        """Record the teacher's state as an event, if it has changed, and again when a load under way has ended."""
         info, failure = self.service.info, self.service.failure
         now = (self.service.state, info.digest if info else "")
         if now == self._announced:
@@ -97,7 +100,19 @@ class ResidentTeacher:
             "name": info.name if info else "",
             "message": message or (failure.message if failure else ""),
         }
+        if now[0] is TeacherState.LOADING:  # who asked for it has gone
+            self._settling = asyncio.create_task(self._settle())
         await self._events.append(None, [Event(EventKind.TEACHER, "", payload, datetime.now(UTC))])
+
+    async def _settle(self) -> None:
+        await self.service.settled()
+        await self.announce()
+
+    async def close(self) -> None:
+        """Let the teacher go."""
+        if self._settling:
+            self._settling.cancel()
+        await self.service.close()
 
 
 class Outlook:
@@ -167,10 +182,11 @@ class Daemon:
             plugins=plugins,
             workers=workers,
             preflight=Preflight(outlook.check, outlook.plan),
-            teaching=Teaching(teacher.path, teacher.ensure),
+            teaching=Teaching(teacher.holds, teacher.ensure),
             max_concurrent_runs=limits.concurrent_runs,
             stop_grace=limits.stop_grace_seconds,
             stall=limits.stall,
+            most_bytes=limits.run_bytes,
         )
         comparisons = Comparisons(home, events, workers=workers, runs=runs, teacher=service)
         uploads = Uploads(home.uploads)
@@ -179,7 +195,7 @@ class Daemon:
         try:
             yield cls(home, events, plugins, teacher, workers, runs, comparisons, uploads)
         finally:
-            await service.close()
+            await teacher.close()
             retaining.cancel()
             await events.aclose()
 

@@ -35,6 +35,7 @@ from opd_daemon.rpc.front import Front
 from opd_daemon.rpc.interceptor import Border
 from opd_daemon.rpc.listening import Listener
 from opd_daemon.rpc.meter import CallTally, Meter
+from opd_daemon.runs.files import MOST_BYTES
 from opd_daemon.runs.stall import USUAL, StallPolicy
 from opd_daemon.token_file import kept_token
 
@@ -61,6 +62,7 @@ class ServeSettings:
     allowed_roots: tuple[Path, ...] = ()
     until_stdin_closes: bool = False
     cache_limit_bytes: int = 20 << 30
+    runs_limit_bytes: int = MOST_BYTES
     teacher_path: str | None = None
     max_concurrent_runs: int = 1
     max_watchers: int = MAX_WATCHERS
@@ -92,6 +94,7 @@ async def _serve(settings: ServeSettings) -> None:
     token = kept_token(settings.token_file) if settings.token_file else secrets.token_urlsafe(32)
     limits = Limits(
         cache_bytes=settings.cache_limit_bytes,
+        run_bytes=settings.runs_limit_bytes,
         concurrent_runs=settings.max_concurrent_runs,
         stop_grace_seconds=settings.stop_grace_seconds,
         watchers=settings.max_watchers,
@@ -178,7 +181,8 @@ def _publish(path: Path, facts: dict[str, object]) -> None:
 def _only_daemon(home: Home) -> Iterator[None]:
     """Hold the home's lock, so that there is one daemon per home; socket and store are touched only under it."""
     try:
-        home.runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
+        home.make()
+        home.runtime.mkdir(mode=0o700, exist_ok=True)
         home.runtime.chmod(0o700)
         lock = home.lock.open("a+")
     except OSError as error:

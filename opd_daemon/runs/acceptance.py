@@ -77,7 +77,8 @@ def _faults(
     config: RunConfig, plugins: PluginRegistry, preflight: Preflight, taken_ids: set[str]
 ) -> list[FieldViolation]:
     faults = []
-    if config.run_id in taken_ids:
+    # Many disks know a name in one spelling only.
+    if config.run_id.casefold() in {name.casefold() for name in taken_ids}:
         faults.append(FieldViolation("config.run_id", f"{config.run_id!r} is taken; choose another or leave it empty"))
     trainer = None
     try:

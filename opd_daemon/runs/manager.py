@@ -22,7 +22,7 @@ from opd_daemon.names import new_run_id
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs.acceptance import checked_config, request_digest
 from opd_daemon.runs.attempt import Preflight, RunServices, Teaching
-from opd_daemon.runs.files import names_on_disk, remove_files, tidy_up, write_waiting
+from opd_daemon.runs.files import MOST_BYTES, names_on_disk, remove_files, require_room, tidy_up, write_waiting
 from opd_daemon.runs.ledger import Ledger
 from opd_daemon.runs.plans import PlanRequest, does_not_fit
 from opd_daemon.runs.reports import report_files, report_path
@@ -65,10 +65,12 @@ class RunManager:
         max_concurrent_runs: int = 1,
         stop_grace: float = STOP_GRACE_SECONDS,
         stall: StallPolicy = USUAL,
+        most_bytes: int = MOST_BYTES,
     ) -> None:
         ledger = Ledger(events, plugins)
         services = RunServices(home, events, plugins, workers, preflight, teaching, stop_grace, ledger, stall)
         self._home = home
+        self._most_bytes = most_bytes
         self._events = events
         self._plugins = plugins
         self._workers = workers
@@ -107,13 +109,15 @@ class RunManager:
         """
         self._refuse_when_closing()
         digest = request_digest(values)
+        if validate_only and not await self._events.read(lambda store: store.run_by_request_id(request_id, digest)):
+            # It may measure the machine for half a minute, which nobody else has to wait for.
+            return await self._planned(values, request_id, validate_only, machine)
         async with self._accepting:
             earlier = await self._events.read(lambda store: store.run_by_request_id(request_id, digest))
             if earlier is not None:
                 return earlier.run
             run = await self._planned(values, request_id, validate_only, machine)
-            if validate_only:
-                return run
+            await asyncio.to_thread(require_room, self._home, run.plan, self._most_bytes)
             if run.plan and not run.plan.fits and not force:
                 raise does_not_fit(run.plan)
             return await _seen_through(self._accept(run, digest))
@@ -124,7 +128,7 @@ class RunManager:
         taken = await self._events.read(lambda store: store.run_ids())
         taken |= await asyncio.to_thread(names_on_disk, self._home)
         config = await checked_config(values, self._plugins, self._preflight, taken)
-        resident = self._teaching.loaded() == config.teacher_model_path
+        resident = self._teaching.holds(config.teacher_model_path)
         idle = not await self._events.read(lambda store: store.list_runs(LIVE, limit=1))
         request = PlanRequest(
             config, self._plugins.trainer(config.trainer), resident, machine, measure=validate_only and idle

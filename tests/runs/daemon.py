@@ -89,6 +89,7 @@ class Stage:
     refuse: Callable[[Run], None] | None = None
     stop_grace: float = 20.0
     max_concurrent_runs: int = 1
+    most_bytes: int = 10**12
     plan: Plan = PLAN
     plan_requests: list[PlanRequest] = field(default_factory=list)
 
@@ -110,9 +111,10 @@ class Stage:
             plugins=PluginRegistry([trainer_plugin(refuse=self.refuse)]),
             workers=workers,
             preflight=Preflight(self._check, self._plan),
-            teaching=Teaching(lambda: self.teacher, self._ensure),
+            teaching=Teaching(lambda model: model == self.teacher, self._ensure),
             max_concurrent_runs=self.max_concurrent_runs,
             stop_grace=self.stop_grace,
+            most_bytes=self.most_bytes,
         )
         await manager.recover()
         manager.start()

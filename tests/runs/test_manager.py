@@ -9,6 +9,7 @@ import sqlite3
 import sys
 from collections.abc import Awaitable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import yaml
 
 from opd_daemon import failpoints
 from opd_daemon.errors import FieldViolation, OpdError, Reason
+from opd_daemon.runs.ledger import MOST_CHARACTERS
 from opd_daemon.store import Store, WorkerRecord
 from opd_daemon.trainer import RunRefused
-from opd_daemon.types import EventKind, Gauges, Run, RunState
+from opd_daemon.types import TEACHER_CACHE, Event, EventKind, Gauges, PlannedBytes, Run, RunState
 from tests.asynchronous import asynchronous, until
 from tests.runs.daemon import PLAN, Stage, checkpoint, metrics, with_run, write_checkpoint
 
@@ -45,6 +47,14 @@ async def test_an_accepted_run_has_a_plan_a_file_and_an_event(tmp_path: Path) ->
         saved = yaml.safe_load(daemon.stage.home.run(run.run_id).config.read_text())
         assert saved == run.config
         assert (await daemon.states(run.run_id))[0] == "PENDING"
+
+
+@asynchronous
+async def test_names_that_one_disk_in_two_takes_for_the_same_are_one(tmp_path: Path) -> None:
+    async with Stage(tmp_path).daemon() as daemon:
+        await daemon.create(run_id="Night")
+        fault = await refusal(daemon.create(run_id="night"))
+        assert [violation.field for violation in fault.violations] == ["config.run_id"]
 
 
 @asynchronous
@@ -246,6 +256,40 @@ async def test_concurrent_runs_share_one_teacher_and_others_wait(tmp_path: Path)
             os.killpg(worker.pid, signal.SIGTERM)
         await daemon.reach(other, S.LOADING)
         assert daemon.stage.teacher == "/m/another"
+
+
+@asynchronous
+async def test_a_long_text_reaches_nobody_whole(tmp_path: Path) -> None:
+    async with Stage(tmp_path).daemon() as daemon:
+        run_id = await daemon.start()
+        text = Event(EventKind.LOG, run_id, {"level": "info", "text": 5_000_000 * "x"}, datetime.now(UTC))
+        await daemon.runs.report(run_id, text)
+        await daemon.runs.finish(run_id, S.FAILED, error_reason="TRAINER_FAILED", error_message=5_000_000 * "y")
+        (stored,) = [
+            event.payload["text"]
+            for event in (await daemon.events.read(lambda store: store.events_after(0, run_id)))[0]
+            if event.kind is EventKind.LOG and "x" in event.payload["text"][:1]
+        ]
+        message = (await daemon.runs.get(run_id)).error_message
+        for shown in (stored, message):
+            assert len(shown) < MOST_CHARACTERS + 100
+            assert shown.endswith("characters more)")
+
+
+@asynchronous
+async def test_runs_keep_no_more_than_the_owner_allows(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, most_bytes=1_000_000)
+    kept = stage.home.run("earlier").checkpoints / "final"
+    kept.mkdir(parents=True)
+    (kept / "adapters.safetensors").write_bytes(bytes(900_000))
+    async with stage.daemon() as daemon:
+        await daemon.create()
+        stage.plan = replace(PLAN, disk=(PlannedBytes("", "checkpoints", 200_000), PlannedBytes("", TEACHER_CACHE, 1)))
+        fault = await refusal(daemon.create())
+        assert (fault.reason, "--runs-limit" in fault.message) == (Reason.DISK_FULL, True)
+        assert await refusal(daemon.runs.create(stage.values(), force=True))
+        stage.plan = replace(PLAN, disk=(PlannedBytes("", TEACHER_CACHE, 10**9),))
+        await daemon.create()
 
 
 @asynchronous
