@@ -1,6 +1,6 @@
 """What watchers cost: 1 000 of them and one that never reads, against none, in one run.
 
-    python bench/watch.py [--watchers 1000] [--seconds 10] [--pairs 40]
+    python bench/watch.py [--watchers 1000] [--seconds 10] [--pairs 15]
 
 The daemon's own log and services are served from a process of their own on a unix socket; watchers live in another.
 Three tables: the producer's latency (one ReportEvents call with one metric event, until it is safe on the disk) at a
@@ -240,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--watchers", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--watch", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
