@@ -121,7 +121,9 @@ async def _in_time(pieces: AsyncIterator[UploadPiece]) -> AsyncIterator[UploadPi
     while True:
         seconds = min(MOST_SILENCE, end - time.monotonic())
         try:
-            piece = await asyncio.wait_for(anext(pieces, None), seconds)
+            # Not in a task of its own, which would take a stream that broke off for one that ended.
+            async with asyncio.timeout(seconds):
+                piece = await anext(pieces, None)
         except TimeoutError:
             message = (
                 f"nothing came for {MOST_SILENCE:.0f} s, or not all within {MOST_SECONDS:.0f}; send the file again"
