@@ -128,7 +128,8 @@ def _naive(task: Task) -> Loss:
     def loss(states: mx.array) -> mx.array:
         student = nn.log_softmax(task.head(states), axis=-1)
         teacher = nn.log_softmax(task.vocabulary(teacher_states @ teacher_weight.T), axis=-1)
-        return (mx.exp(student) * (student - teacher)).sum(axis=-1).sum()
+        total: mx.array = (mx.exp(student) * (student - teacher)).sum(axis=-1).sum()
+        return total
 
     return lambda: mx.value_and_grad(loss)(task.student_states)
 

@@ -84,7 +84,7 @@ def _compare(teacher: Path, student_path: Path, remote: RemoteTeacher, rounds: i
     config = RunConfig(**settings, divergence="reverse_kl", temperature=1.0, kl_weight=1.0, ce_weight=0.0)
     head = HeadMatrix(remote.head(), student.vocabulary)
     objective = Objective.from_config(config, head=lambda: head)
-    teachers = {"in one process": InProcess(teacher, remote), "served": remote}
+    teachers: dict[str, Any] = {"in one process": InProcess(teacher, remote), "served": remote}
     seconds: dict[str, list[float]] = {name: [] for name in teachers}
     asking: dict[str, list[float]] = {name: [] for name in teachers}
     for seed in range(rounds + 1):

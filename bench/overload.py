@@ -153,7 +153,12 @@ class flooded:  # noqa: N801 - used like a function
 def flood(client: Client, kind: str, rate: float) -> None:
     """Offer work until standard input closes, and say what became of it."""
     ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+
+    def wait() -> None:
+        sys.stdin.read()
+        ended.set()
+
+    threading.Thread(target=wait, daemon=True).start()
     outcomes: Counter[str] = Counter()
 
     def send() -> None:

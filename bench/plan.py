@@ -172,16 +172,16 @@ def models(kind: str, folder: Path) -> tuple[Path, Path]:
     if kind == "smollm2":
         teacher = convert_teacher(folder / "smollm2-135m-instruct", print)
         return make_student(teacher, folder / "smollm2-135m-instruct-3bit", print), teacher
-    sizes: dict[str, tuple[dict[str, int], dict[str, int]]] = {
+    sizes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "tiny": ({}, {"layers": 3}),
         "small": ({"hidden": 256, "layers": 8, "heads": 8, "kv_heads": 4}, {"hidden": 384, "layers": 10, "heads": 8}),
         "wide": ({"hidden": 512, "layers": 5, "heads": 8, "vocab": 16_384}, {"hidden": 768, "layers": 7, "heads": 12}),
     }
-    student, teacher = sizes[kind]
-    width = {"vocab": student["vocab"]} if "vocab" in student else {}
+    small, large = sizes[kind]
+    width = {"vocab": small["vocab"]} if "vocab" in small else {}
     return (
-        write_tiny_qwen2(folder / f"{kind}-student", seed=2, **student),
-        write_tiny_qwen2(folder / f"{kind}-teacher", seed=1, **{**teacher, **width}),
+        write_tiny_qwen2(folder / f"{kind}-student", seed=2, **small),
+        write_tiny_qwen2(folder / f"{kind}-teacher", seed=1, **{**large, **width}),
     )
 
 

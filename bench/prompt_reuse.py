@@ -24,7 +24,8 @@ import numpy as np
 
 from opd_daemon.arrays import Float32
 from opd_daemon.demo.smollm2 import convert_teacher
-from opd_daemon.teacher.batching import Budget, FairQueue, ScoreItem, next_batch
+from opd_daemon.teacher.batching import Budget, ScoreItem, next_batch
+from opd_daemon.teacher.fair_queue import FairQueue
 from opd_daemon.teacher.folder import open_folder
 from opd_daemon.teacher.loading import LoadedModel, load
 from opd_daemon.teacher.scoring import score_batch

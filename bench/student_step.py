@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from opd_daemon import blas
 
@@ -136,7 +136,7 @@ def _ours(arguments: argparse.Namespace, tokens: Any, loss: str, mode: str) -> d
     limit_memory()
     config = _config(OURS[loss], mode)
     batch, head = _batch(arguments.folder / "smollm2", tokens, student, exact="reverse" in loss)
-    objective = Objective.from_config(config, head=lambda: head)
+    objective = Objective.from_config(config, head=lambda: cast("HeadMatrix", head))
     optimizer = Optimizer(student, config)
     before, times = _start(), []
     for step in range(1, arguments.rounds + 3):

@@ -125,12 +125,12 @@ def run_opd(
     }
     with LocalDaemon(Home(folder / "home")) as daemon, daemon.client() as client, ResidentPeak(daemon.pid) as peak:
         run_id = finished_run(client, values)
-        rows, _, _ = client.metrics(run_id)
+        done, _, _ = client.metrics(run_id)
     return {
-        "steps": [row["step_milliseconds"] / 1000 for row in rows],
-        "tokens": sum(row["tokens"] for row in rows),
+        "steps": [row["step_milliseconds"] / 1000 for row in done],
+        "tokens": sum(row["tokens"] for row in done),
         "peak_bytes": peak.bytes,
-        "phases": {name: [row[f"{name}_milliseconds"] for row in rows] for name in ("rollout", "teacher", "student")},
+        "phases": {name: [row[f"{name}_milliseconds"] for row in done] for name in ("rollout", "teacher", "student")},
     }
 
 
