@@ -72,12 +72,13 @@ def _metrics(payload: dict[str, Any]) -> str:
         f"top-5 {percent(payload['top5_agreement'])}",
         f"entropy teacher {payload['teacher_entropy']:.3f} student {payload['student_entropy']:.3f}",
     )
+    asked = payload["cache_hits"] + payload["cache_misses"]
     parts = (
         f"step {payload['step']}/{payload['total_steps']}",
         *(compared or ()),
         f"loss {payload['loss']:.4f}",
         f"{payload['tokens_per_second']:.0f} tok/s",
-        f"cache {payload['cache_hits']}/{payload['cache_hits'] + payload['cache_misses']}",
+        *((f"cache {payload['cache_hits']}/{asked}",) if asked else ()),
         f"memory {size(payload['active_memory_bytes'])}",
     )
     return "  ".join(parts)

@@ -194,6 +194,7 @@ def _shown(metrics: dict[str, Any], name: str, write: Callable[[float], str]) ->
 
 def _metrics_row(step: dict[str, Any]) -> tuple[str, ...]:
     step = measured(step)
+    asked = step["cache_hits"] + step["cache_misses"]
     return (
         str(step["step"]),
         f"{step['loss']:.4f}",
@@ -203,7 +204,7 @@ def _metrics_row(step: dict[str, Any]) -> tuple[str, ...]:
         _shown(step, "teacher_entropy", "{:.3f}".format),
         _shown(step, "student_entropy", "{:.3f}".format),
         f"{step['tokens_per_second']:.0f}",
-        f"{step['cache_hits']}/{step['cache_hits'] + step['cache_misses']}",
+        f"{step['cache_hits']}/{asked}" if asked else "",
     )
 
 

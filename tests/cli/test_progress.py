@@ -77,6 +77,18 @@ def test_a_resting_run_has_no_eta() -> None:
     assert after(state("SUCCEEDED")).seconds_remaining() is None
 
 
+def test_what_a_step_did_not_measure_is_not_shown() -> None:
+    unasked = metrics(1, compared_tokens=0, cache_hits=0, cache_misses=0, agreement=0.0, kl_mean=0.0)
+    written = event_line(event(EventKind.METRICS, unasked))
+    assert "loss 1.0000" in written
+    assert not any(word in written for word in ("KL", "agreement", "teacher", "cache"))
+    assert "KL 1.0000  agreement" in event_line(event(EventKind.METRICS, metrics(1)))
+    told_nothing = {name: value for name, value in metrics(1).items() if name != "compared_tokens"}
+    assert "KL 1.0000" in event_line(event(EventKind.METRICS, told_nothing))
+    progress = after(event(EventKind.METRICS, unasked))
+    assert "agreement" not in progress.metrics
+
+
 def test_cache_hits_add_up_and_the_first_step_is_kept_for_comparison() -> None:
     steps = [event(EventKind.METRICS, metrics(step, loss=10.0 - step)) for step in (1, 2, 3)]
     progress = after(*steps)
