@@ -293,12 +293,12 @@ class Attempt:
         """Halve the micro-batches and go back to the last checkpoint, if that is possible; else the run rests."""
         run = await self._services.ledger.get(self.run_id)
         size = max(1, self.config.batch_size >> run.memory_halvings)
-        if size == 1 or run.memory_halvings >= MOST_HALVINGS:
+        if max(size, self._sampled_together() >> run.memory_halvings) <= 1 or run.memory_halvings >= MOST_HALVINGS:
             await self._come_to_rest(RunState.FAILED, Reason.OUT_OF_MEMORY, _does_not_fit(size))
             return False
         resumption = await asyncio.to_thread(Resumption.find, self._services.home.run(self.run_id))
         step, halvings = resumption.progress.step, run.memory_halvings + 1
-        text = f"memory ran out: going on from step {step} with micro-batches of {size // 2}"
+        text = f"memory ran out: going on from step {step} with micro-batches of {max(1, size // 2)}"
         self._memory_ran_out = self._overdue = False
         if not self._stopping.is_set():
             self._deadline = None
@@ -318,6 +318,11 @@ class Attempt:
         # A worker that had everything computed first has unloaded the teacher; the next one begins with it again.
         await self._unless_stopped(self._services.teaching.ensure(self.config.teacher_model_path))
         return True
+
+    def _sampled_together(self) -> int:
+        """Sequences the student samples at once, which can be fewer too; 1 where it samples none."""
+        sequences = self.config.batch_size * self.config.gradient_accumulation_steps
+        return sequences if self._services.plugins.trainer(self.config.trainer).on_policy else 1
 
     async def _come_to_rest(self, state: RunState, reason: str, message: str) -> None:
         while True:

@@ -60,7 +60,7 @@ sys.stdin.read()
 PLAN = Plan(10.0, 1, 2, 3, 4, ("assumed",), ("careful",))
 
 
-def trainer_plugin(*, refuse: Callable[[Run], None] | None = None) -> LoadedPlugin:
+def trainer_plugin(*, refuse: Callable[[Run], None] | None = None, on_policy: bool = False) -> LoadedPlugin:
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
 
@@ -71,7 +71,8 @@ def trainer_plugin(*, refuse: Callable[[Run], None] | None = None) -> LoadedPlug
                 refuse(run)
 
     manager.register(Policy())
-    trainer = TrainerInfo("on_policy", "1", "Trains.", lambda: None)  # type: ignore[arg-type, return-value]
+    factory: Any = None
+    trainer = TrainerInfo("on_policy", "1", "Trains.", factory, on_policy=on_policy)
     return LoadedPlugin("p", "opd-p", "1", ("opd_before_run_started",), ("on_policy",), 0.0, manager.hook, (trainer,))
 
 
@@ -90,6 +91,7 @@ class Stage:
     stop_grace: float = 20.0
     max_concurrent_runs: int = 1
     most_bytes: int = 10**12
+    on_policy: bool = False
     plan: Plan = PLAN
     plan_requests: list[PlanRequest] = field(default_factory=list)
 
@@ -108,7 +110,7 @@ class Stage:
         manager = RunManager(
             home=self.home,
             events=events,
-            plugins=PluginRegistry([trainer_plugin(refuse=self.refuse)]),
+            plugins=PluginRegistry([trainer_plugin(refuse=self.refuse, on_policy=self.on_policy)]),
             workers=workers,
             preflight=Preflight(self._check, self._plan),
             teaching=Teaching(lambda model: model == self.teacher, self._ensure),

@@ -134,6 +134,13 @@ async def test_micro_batches_of_one_can_not_be_halved(tmp_path: Path) -> None:
 
 
 @asynchronous
+async def test_where_one_sequence_is_trained_on_fewer_may_be_sampled_at_once(tmp_path: Path) -> None:
+    async with Stage(tmp_path, worker="bad_alloc", on_policy=True).daemon() as daemon:
+        run = await daemon.reach(await daemon.create(batch_size=1, gradient_accumulation_steps=4), S.FAILED)
+        assert (run.error_reason, run.memory_halvings) == ("OUT_OF_MEMORY", 2)
+
+
+@asynchronous
 async def test_halvings_outlive_the_daemon_and_a_resume(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     async with stage.daemon() as daemon:
