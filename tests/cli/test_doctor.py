@@ -110,6 +110,9 @@ def test_a_home_that_others_may_write_to_is_an_error(home: Home) -> None:
     assert places.folder(home).level is Level.OK
     home.runtime.chmod(0o755)
     assert "chmod 700" in places.folder(home).cure
+    home.runtime.chmod(0o700)
+    home.root.chmod(0o750)
+    assert (places.folder(home).level, "chmod 700" in places.folder(home).cure) == (Level.WARNING, True)
     home.root.chmod(0o777)
     assert "chmod go-w" in places.folder(home).cure
 

@@ -176,7 +176,12 @@ def test_the_local_token_is_never_sent_to_another_machine(daemon_home: Home) -> 
 
 def test_socket_and_discovery_file_are_the_owners_alone(local: LocalDaemon) -> None:
     facts = json.loads(local.home.discovery.read_text())
-    for path, mode in ((local.home.runtime, 0o700), (local.home.discovery, 0o600), (Path(facts["socket"]), 0o600)):
+    for path, mode in (
+        (local.home.root, 0o700),
+        (local.home.runtime, 0o700),
+        (local.home.discovery, 0o600),
+        (Path(facts["socket"]), 0o600),
+    ):
         found = path.stat()
         assert (stat.S_IMODE(found.st_mode), found.st_uid) == (mode, os.geteuid()), path
     assert len(facts["token"]) >= 43
