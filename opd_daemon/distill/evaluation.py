@@ -47,6 +47,7 @@ class Evaluator:
     trainer: the one that trains, which decides by what the best checkpoint is chosen. head: gives the teacher's head,
     where someone else holds it already. on_policy: whether the student's own samples decide.
     table: the teacher's first completions token by token, as of the last `measure`. tokenwise: what compares.
+    once_seconds: how much of the last `measure`'s time was the teacher's for completions that stay the same.
     """
 
     def __init__(
@@ -66,10 +67,12 @@ class Evaluator:
         self.config = config
         self.on_policy = trainer is not None and trainer.on_policy
         self.table: TokenTable | None = None
+        self.once_seconds = 0.0
         self._criterion = criterion(config, trainer)
         self.tokenwise = Tokenwise(teacher, student, config, masked_token_ids, head)
         self._masked_token_ids = masked_token_ids
         self._rollouts: list[Rollout] | None = None
+        self._written_seconds = 0.0
 
     @property
     def exact(self) -> bool:
@@ -80,7 +83,9 @@ class Evaluator:
     def rollouts(self) -> list[Rollout]:
         """The teacher's greedy completions of the held-out prompts, generated once."""
         if self._rollouts is None:
+            started = time.perf_counter()
             self._rollouts = greedy_completions(self.teacher, self.prompts, self.config, self._masked_token_ids)
+            self._written_seconds = time.perf_counter() - started
         return self._rollouts
 
     def student_answers(self) -> list[Rollout]:
@@ -109,8 +114,9 @@ class Evaluator:
 
     def measure(self, step: int) -> EvaluationMetrics:
         """Compare the two models now."""
-        started = time.perf_counter()
         shown, rest = self.rollouts[:SHOWN_ANSWERS], self.rollouts[SHOWN_ANSWERS:]
+        self.once_seconds, self._written_seconds = self._written_seconds, 0.0
+        started = time.perf_counter()
         viewed = self.tokenwise.view(shown, keep=True)
         on_teacher_tokens = [*viewed, *self.tokenwise.compare(rest, keep=True)]
         on_teacher = summarise(on_teacher_tokens)
@@ -130,7 +136,7 @@ class Evaluator:
             exact=self.exact,
             tokens=on_teacher.tokens,
             samples=on_teacher.samples,
-            seconds=time.perf_counter() - started,
+            seconds=time.perf_counter() - started + self.once_seconds,
             on_teacher=on_teacher,
             on_student=on_student,
             validation_kl=self._validation_kl(on_student if self.on_policy and on_student else on_teacher),

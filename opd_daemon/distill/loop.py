@@ -262,7 +262,7 @@ class TrainingLoop:
         """Measure, then write it down; only then `progress` counts it, so that one cut short is made again."""
         step = self.progress.step
         metrics = self.evaluator.measure(step)
-        self._pace.evaluation(metrics.seconds)
+        self._pace.evaluation(metrics.seconds - self.evaluator.once_seconds)
         progress = self._judged(metrics)
         answers: list[Rollout] = []
         if step in {0, self.config.num_steps} or self._gave_up(progress):

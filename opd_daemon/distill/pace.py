@@ -35,7 +35,7 @@ class Pace:
         self.steps_ahead = max(0, self.steps_ahead - 1)
 
     def evaluation(self, seconds: float) -> None:
-        """An evaluation took so long. The first one also waits for the teacher to write its completions."""
+        """An evaluation took so long. The first one also waits for the teacher to score its completions."""
         self._evaluation = seconds if self._evaluation is None else min(seconds, self._evaluation)
 
     def seconds(self, steps: int, rollouts: int, evaluations: int) -> float:

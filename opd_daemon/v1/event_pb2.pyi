@@ -642,7 +642,7 @@ class EvaluationMetrics(_message.Message):
     samples: _builtins.int
     """Completions evaluated."""
     seconds: _builtins.float
-    """Time it took."""
+    """Time it took; in a run's first evaluation also that of the teacher's completions, which later ones use again."""
     is_best: _builtins.bool
     """Whether this is the best so far by the trained divergence."""
     checkpoint_path: _builtins.str

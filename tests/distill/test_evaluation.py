@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from opd_daemon.distill.step import step_seed
 from opd_daemon.distill.student import Student
 from opd_daemon.distill.teacher_head import HeadMatrix, as_mlx
 from opd_daemon.trainer import TeacherHead, TrainerInfo
+from opd_daemon.types import GeneratedToken, GenerateRequest
 from tests.distill.local_teacher import LocalTeacher
 
 CONFIG = parse_config(
@@ -67,6 +70,20 @@ def test_exact_metrics_are_those_of_both_whole_distributions(tiny_teacher: Path,
     assert found.exact
     assert (found.step, found.samples) == (7, 5)
     assert found.tokens == sum(len(rollout.completion_ids) for rollout in evaluator.rollouts)
+
+
+def test_the_teachers_writing_is_part_of_the_first_evaluation_alone(tiny_teacher: Path, student: Student) -> None:
+    class Slow(LocalTeacher):
+        def generate(self, requests: Sequence[GenerateRequest]) -> list[list[GeneratedToken]]:
+            time.sleep(0.3)
+            return super().generate(requests)
+
+    evaluator = Evaluator(Slow(tiny_teacher), student, PROMPTS, CONFIG)
+    assert evaluator.rollouts  # someone else may ask for them first
+    first = evaluator.measure(0)
+    assert first.seconds > evaluator.once_seconds > 0.3
+    evaluator.measure(1)
+    assert evaluator.once_seconds == 0.0
 
 
 def test_a_teacher_without_a_head_is_compared_sparsely(tiny_teacher: Path, student: Student) -> None:

@@ -18,6 +18,6 @@ def test_time_is_left_until_the_last_evaluation_is_done(
     told = Told()
     assert go(prepare(tmp_path / "run", tiny_teacher, tiny_student, **options), told)
     *earlier, last = [row["seconds_remaining"] for row in told.of(EventKind.METRICS)]
-    quickest = min(row["seconds"] for row in told.of(EventKind.EVALUATION)[:-1])
-    assert last == pytest.approx(quickest)
+    quickest = min(row["seconds"] for row in told.of(EventKind.EVALUATION)[1:-1])
+    assert 0 < last <= quickest
     assert min(earlier) > last

@@ -25,6 +25,8 @@ from opd_daemon.distill.report.drawing import (
 from opd_daemon.distill.report.record import Row, RunRecord, number
 
 MOST_BARS = 32
+# Share of a step.
+WORTH_A_LABEL = 0.02
 GIGABYTE = 1e9
 
 PHASES = (
@@ -59,15 +61,19 @@ def _times(record: RunRecord) -> Iterator[Chart]:
 
     def draw(axes: Any) -> None:
         floor = np.zeros(len(known[0][0].x))
+        heights = np.array([values.y for values, _, _ in known])
+        # Where completions are made for two steps at once, the last one may have none to point at.
+        tall = heights > WORTH_A_LABEL * heights.sum(axis=0)
+        place = int(max(range(len(floor)), key=lambda step: (tall[:, step].sum(), step)))
         ends = []
-        for values, text, color in known:
+        for (values, text, color), labelled in zip(known, tall[:, place], strict=True):
             x, y = np.asarray(values.x), np.asarray(values.y)
             if len(x) <= MOST_BARS:
                 axes.bar(x, y, bottom=floor, color=color, width=0.8, linewidth=0)
             else:
                 axes.fill_between(x, floor, floor + y, color=color, linewidth=0)
-            if y[-1] > 0.02 * sum(entry.y[-1] for entry, _, _ in known):
-                ends.append((float(x[-1]) + 0.4, float(floor[-1] + y[-1] / 2), text, color))
+            if labelled:
+                ends.append((float(x[-1]) + 0.4, float(floor[place] + y[place] / 2), text, color))
             floor = floor + y
         from_zero(axes, list(floor))
         steps_axis(axes, record.last_step)
@@ -84,7 +90,10 @@ def _memory(record: RunRecord) -> Iterator[Chart]:
         ("teacher_peak_bytes", "score", TEACHER),
         ("student_peak_bytes", "train", TRAIN),
     )
-    phases = [(curve(record.steps, name, 1 / GIGABYTE), text, color) for name, text, color in names]
+    phases = [
+        (curve([step for step in record.steps if number(step, name)], name, 1 / GIGABYTE), text, color)
+        for name, text, color in names
+    ]
     known = [entry for entry in phases if entry[0]]
     if not known:
         known = [(curve(record.steps, "peak_memory_bytes", 1 / GIGABYTE), "peak", INK)]
