@@ -103,8 +103,8 @@ class RunServicer(rpc.RunServiceServicer):
         messages = [wire.run_to_proto(run) for run in runs]
         fitting = _fitting(messages)
         if fitting < len(messages):
-            _, token = await self._runs.list(page_size=fitting, page_token=request.page_token, states=states)
-            messages = messages[:fitting]
+            runs, token = await self._runs.list(page_size=fitting, page_token=request.page_token, states=states)
+            messages = [wire.run_to_proto(run) for run in runs]
         return pb.ListRunsResponse(runs=messages, next_page_token=token, revision=revision)
 
     async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
