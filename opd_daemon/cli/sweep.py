@@ -45,9 +45,8 @@ def sweep(
     """Distil with every combination of some settings and compare what comes out.
 
     All runs use one teacher cache, so what the teacher said once is not computed again (with signal sparse or sampled:
-    at the same temperature). Ctrl-C leaves the runs to the
-    daemon; with --serve it stops them. The same command again goes on where the sweep was. A daemon on another machine
-    gets the prompts sent, and the adapters come back.
+    at the same temperature). Ctrl-C leaves the runs to the daemon; with --serve it stops them. The same command again
+    goes on where the sweep was. A daemon on another machine gets the prompts sent, and the adapters come back.
     """
     from opd_daemon.cli.distill import daemon_in_use
     from opd_daemon.cli.elsewhere import all_as_they_are_there

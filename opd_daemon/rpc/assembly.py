@@ -89,6 +89,8 @@ class ResidentTeacher:
 
     async def announce(self, message: str = "") -> None:
         """Record the teacher's state as an event, if it has changed, and again when a load under way has ended."""
+        if self.service.loading and self._settling is None:
+            self._settling = asyncio.create_task(self._settle())  # who asked for the load may have gone
         info, failure = self.service.info, self.service.failure
         now = (self.service.state, info.digest if info else "")
         if now == self._announced:
@@ -100,12 +102,12 @@ class ResidentTeacher:
             "name": info.name if info else "",
             "message": message or (failure.message if failure else ""),
         }
-        if now[0] is TeacherState.LOADING:  # who asked for it has gone
-            self._settling = asyncio.create_task(self._settle())
         await self._events.append(None, [Event(EventKind.TEACHER, "", payload, datetime.now(UTC))])
 
     async def _settle(self) -> None:
-        await self.service.settled()
+        while self.service.loading:
+            await self.service.settled()
+        self._settling = None
         await self.announce()
 
     async def close(self) -> None:

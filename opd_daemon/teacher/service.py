@@ -92,9 +92,14 @@ class TeacherService:
         """UNLOADED, LOADING, READY (also while a load is still checking its files), or FAILED."""
         if self._resident:
             return TeacherState.READY
-        if self._busy():
+        if self.loading:
             return TeacherState.LOADING
         return TeacherState.FAILED if self.failure else TeacherState.UNLOADED
+
+    @property
+    def loading(self) -> bool:
+        """Whether a load is under way."""
+        return self._loading is not None and not self._loading.done()
 
     @property
     def info(self) -> TeacherInfo | None:
@@ -317,18 +322,15 @@ class TeacherService:
         if self.info and self.info.digest != info.digest:
             reason = Reason.TEACHER_CHANGED
             message = f"the teacher in memory is {self.info.name}, not the expected {info.name}, and {lacking}"
-        elif self._busy():
+        elif self.loading:
             reason, message = Reason.TEACHER_LOADING, f"a teacher is being loaded, and {lacking}; try again later"
         else:
             reason = Reason.TEACHER_NOT_LOADED
             message = f"{info.name} is not in memory, and {lacking}; load it with 'opd teacher load MODEL'"
         return OpdError(reason, message, digest=info.digest, missing=missing, total=total)
 
-    def _busy(self) -> bool:
-        return self._loading is not None and not self._loading.done()
-
     def _refuse_while_loading(self) -> None:
-        if self._busy():
+        if self.loading:
             raise OpdError(Reason.TEACHER_LOADING, "a teacher is being loaded; try again when it is ready")
 
 

@@ -38,24 +38,27 @@ async def nobody() -> list[str]:
 
 async def told(events: EventLog) -> list[str]:
     found, _ = await events.read(lambda store: store.events_after(0))
-    return [event.payload["state"] for event in found]
+    return [event.payload["name"] for event in found if event.payload["state"] == "READY"]
 
 
 @asynchronous
-async def test_a_load_whose_caller_left_is_announced_when_it_ends(tmp_path: Path, tiny_teacher: Path) -> None:
+async def test_a_load_whose_caller_left_is_announced_when_it_ends(
+    tmp_path: Path, tiny_teacher: Path, tiny_student: Path
+) -> None:
     caller.set(Caller())
     async with resident(Home(tmp_path)) as (teacher, events):
-        service = TeacherServicer(teacher, nobody, AllowedRoots.of([tiny_teacher]))
-        request = pb.LoadTeacherRequest(model_path=str(tiny_teacher))
-        loading = service.LoadTeacher(request, CONTEXT)
-        await anext(loading)
-        await loading.aclose()
+        service = TeacherServicer(teacher, nobody, AllowedRoots.of([tiny_teacher, tiny_student]))
+        names = []
+        for model in (tiny_teacher, tiny_student):
+            loading = service.LoadTeacher(pb.LoadTeacherRequest(model_path=str(model)), CONTEXT)
+            await anext(loading)
+            await loading.aclose()
+            names.append(model.name)
 
-        async def ready() -> bool:
-            return "READY" in await told(events)
+            async def ready() -> bool:
+                return await told(events) == names
 
-        await until(ready)
-        assert (await told(events))[-1] == "READY"
+            await until(ready)
 
 
 @asynchronous
