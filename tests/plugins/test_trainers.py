@@ -426,7 +426,7 @@ def test_metrics_of_a_step_are_sound(bench: Bench) -> None:
         assert row["reverse_kl"] == pytest.approx(row["kl_mean"], rel=1e-4)
         assert row["rollout_milliseconds"] > 0
         assert row["peak_memory_bytes"] >= row["active_memory_bytes"] > 0
-    assert listener.of(EventKind.METRICS)[-1]["seconds_remaining"] == 0
+    assert listener.of(EventKind.METRICS)[-1]["seconds_remaining"] > 0  # the last evaluation is still to come
 
 
 def weights(folder: Path) -> dict[str, Any]:
