@@ -17,7 +17,7 @@ from grpc_status import rpc_status
 from opd_daemon import logs
 from opd_daemon.errors import FieldViolation, OpdError, Reason
 from opd_daemon.home import Home
-from opd_daemon.rpc.access import Caller, Gate, caller
+from opd_daemon.rpc.access import OPEN_PREFIX, Caller, Gate, caller
 from opd_daemon.wire.errors import to_status
 from opd_daemon.wire.headers import REQUEST_ID
 from opd_daemon.wire.malformed import first_fault
@@ -25,6 +25,8 @@ from opd_daemon.wire.malformed import first_fault
 log = logging.getLogger(__name__)
 
 STRANGERS_SECONDS = 1.0
+# Of calls that need no token: messages read at a time, the time one may take, and its size.
+STRANGERS, OPEN_SECONDS, OPEN_BYTES = 4, 5.0, 4096
 # What a client says may be anything; no run has a longer name.
 LONGEST_RUN_ID = 128
 
@@ -48,6 +50,7 @@ class Border(grpc.aio.ServerInterceptor):
         self._gate = gate
         self._home = home
         self._strangers_told = 0.0
+        self.strangers = asyncio.Semaphore(STRANGERS)
 
     def tells_of_strangers(self) -> bool:
         """Whether one more call without a valid token is worth a line: not every one of a flood."""
@@ -66,8 +69,10 @@ class Border(grpc.aio.ServerInterceptor):
             return None
         call = _Call(self, self._gate, self._home, handler_call_details, handler)
         encode = handler.response_serializer
-        if call.fault:  # as a call of this kind nothing of the request is read, which may be large
-            return grpc.stream_stream_rpc_method_handler(call.refused, None, encode)
+        is_open = handler_call_details.method.startswith(OPEN_PREFIX)
+        if call.fault or is_open:  # as a call of this kind nothing of the request is read by itself: it may be large
+            answer = call.refused if call.fault else call.open
+            return grpc.stream_stream_rpc_method_handler(answer, None, encode)
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(call.unary_unary, None, encode)
         if handler.unary_stream:
@@ -99,6 +104,35 @@ class _Call:
         if self.fault:
             await self._refuse(self.fault, context)
         yield  # as its kind has to
+
+    async def open(self, requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+        """A call of one request for which nobody needs a token: its message is read in turn, and must be small."""
+        try:
+            self._begin(context)
+            request = self._decoded(await self._first(requests))
+            if self._handler.unary_unary:
+                yield await self._handler.unary_unary(request, context)
+            else:
+                async with aclosing(_iterated(self._handler.unary_stream(request, context))) as responses:
+                    async for response in responses:
+                        yield response
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # noqa: BLE001 - nothing unmapped may pass
+            await self._refuse(error, context)
+        self._tell("OK")
+
+    async def _first(self, requests: AsyncIterator[bytes]) -> bytes:
+        async with self._border.strangers:
+            try:
+                async with asyncio.timeout(OPEN_SECONDS):
+                    data = await anext(aiter(requests), b"")
+            except TimeoutError:
+                text = f"the request didn't come within {OPEN_SECONDS:.0f} s"
+                raise OpdError(Reason.DEADLINE_EXCEEDED, text) from None
+            if len(data) > OPEN_BYTES:
+                raise OpdError(Reason.INVALID_REQUEST, f"a request of {len(data)} bytes; send at most {OPEN_BYTES}")
+            return data
 
     async def unary_unary(self, data: bytes, context: Context) -> Any:
         try:

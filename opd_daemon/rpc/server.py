@@ -35,7 +35,7 @@ from opd_daemon.rpc.front import Front
 from opd_daemon.rpc.interceptor import Border
 from opd_daemon.rpc.listening import Listener
 from opd_daemon.rpc.meter import CallTally, Meter
-from opd_daemon.runs.files import MOST_BYTES
+from opd_daemon.runs.quota import MOST_BYTES
 from opd_daemon.runs.stall import USUAL, StallPolicy
 from opd_daemon.token_file import kept_token
 

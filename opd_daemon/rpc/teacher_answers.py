@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 MOST_OF_A_NAME = 64
 MESSAGE_BYTES = 1 << 20
+# Clients take 4 MiB.
+MOST_ANSWER_BYTES = 3 << 20
 # A tokenizer may take a thousand bytes for each while it works, and ten microseconds.
 MOST_CHARACTERS = MOST_IDS = 1 << 19
 # Longer texts, and those of more ids, wait for each other; shorter ones only for shorter ones.
@@ -110,6 +112,9 @@ class Answers:
         check_ids("tokens.token_ids", ids, info)
         tokenizer = await self._teacher.tokenizer(info)
         text = await self._in_turn(len(ids), tokenizer.decode, ids.tolist())
+        if (needed := 4 * len(ids) + len(text.encode())) > MOST_ANSWER_BYTES:
+            found = f"{len(ids)} ids and their text are {needed} bytes, more than an answer holds; send less at once"
+            raise invalid("tokens", found)
         return pb.TokenizeResponse(token_ids=pb.TokenIds(ids=wire.pack(ids)), text=text, identity=_identity(info))
 
     async def _score_requests(self, request: pb.ComputeLogprobsRequest, info: TeacherInfo) -> list[ScoreRequest]:

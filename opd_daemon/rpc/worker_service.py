@@ -20,6 +20,7 @@ from opd_daemon.wire.runs import run_to_proto
 
 # Texts are shortened instead.
 MOST_EVENT_BYTES = 64 << 10
+MOST_GAUGE_BYTES = 16 << 10
 TEXTS = (EventKind.LOG, EventKind.SAMPLE)
 
 
@@ -79,6 +80,9 @@ class WorkerServicer(rpc.WorkerServiceServicer):
                     _require_small(message.event.ByteSize(), event)
                     await self._runs.report(run_id, Event(event.kind, run_id, event.payload, event.time))
             case "gauges":
+                if message.gauges.ByteSize() > MOST_GAUGE_BYTES:
+                    size = f"{message.gauges.ByteSize()} bytes; send at most {MOST_GAUGE_BYTES}"
+                    raise invalid("gauges", size)
                 gauges = gauges_from_proto(message.gauges)
                 self._runs.read_gauges(Gauges(run_id, gauges.time, gauges.values))
             case "running":
@@ -92,7 +96,8 @@ class WorkerServicer(rpc.WorkerServiceServicer):
         state = state_from_proto(outcome.state)
         if state is None or not state.resting:
             raise invalid("outcome.state", "not a resting state; send SUCCEEDED, STOPPED, FAILED or INTERRUPTED")
-        check_path("outcome.adapter_path", outcome.adapter_path)
+        if outcome.adapter_path:
+            check_path("outcome.adapter_path", outcome.adapter_path)
         await self._runs.finish(
             run_id,
             state,

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 from opd_daemon.distill.files import write_file
-from opd_daemon.errors import OpdError, Reason
 from opd_daemon.failpoints import hit
 from opd_daemon.home import Home
-from opd_daemon.readable import size
-from opd_daemon.types import TEACHER_CACHE, Plan
 
-# What all runs together may keep, unless the daemon's owner says otherwise.
-MOST_BYTES = 100 * 10**9
 # The configuration of a run that is about to be stored.
 ACCEPTING = ".accepting"
 # Folders of files that `write_file` may have left under a temporary name; checkpoints tidy up after themselves.
 TIDIED = ("configs", "metrics", "student_rollouts", "reports")
-KEPT = (*TIDIED, "checkpoints")
 UNFINISHED = re.compile(r"\..+\.(\d+|old)")
 
 
@@ -32,25 +24,12 @@ def names_on_disk(home: Home) -> set[str]:
     return names | {entry.name for entry in (home.root / "checkpoints").glob("*")}
 
 
-def require_room(home: Home, plan: Plan | None, most_bytes: int) -> None:
-    """All runs together may keep so much, however much room the disk has. Raises DISK_FULL; blocks."""
-    kept = sum(_bytes_in(home.root / folder) for folder in KEPT)
-    needed = sum(part.bytes for part in plan.disk if part.name != TEACHER_CACHE) if plan else 0
-    if kept + needed > most_bytes:
-        message = (
-            f"runs keep {size(kept)} on disk and this one needs {size(needed)}, together more than {size(most_bytes)}; "
-            "delete some with 'opd delete', or allow more with 'opd serve --runs-limit'"
-        )
-        raise OpdError(Reason.DISK_FULL, message, limit_bytes=most_bytes, kept_bytes=kept, needed_bytes=needed)
-
-
-def _bytes_in(folder: Path) -> int:
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):  # a run that is going on tidies up
-                total += (Path(parent) / name).lstat().st_size
-    return total
+def is_folder(path: str) -> bool:
+    """Whether a folder is there; false too for what no disk takes for a path."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def write_waiting(config: Path, text: str) -> Path:

@@ -19,7 +19,8 @@ FROM_WORKERS = frozenset(EventKind) - {EventKind.RUN_STATE, EventKind.TEACHER}
 STEPPED = frozenset({EventKind.METRICS, EventKind.EVALUATION, EventKind.CHECKPOINT})
 # Every watcher gets every event, and lists carry a run's error: what is longer stays in the run's own log.
 MOST_CHARACTERS = 8000
-LONGEST_PATH = 4096
+LONGEST_REASON = 100
+LONGEST_PATH, LONGEST_NAME = 4096, 255
 
 
 class Ledger:
@@ -44,7 +45,10 @@ class Ledger:
         return await self.change(
             run_id,
             lambda run: moved(
-                replace(run, **changes), state, message=shortened(message, MOST_CHARACTERS), error_reason=error_reason
+                replace(run, **changes),
+                state,
+                message=shortened(message, MOST_CHARACTERS),
+                error_reason=error_reason[:LONGEST_REASON],
             ),
         )
 
@@ -122,13 +126,16 @@ def _check(event: Event) -> None:
     if event.kind in STEPPED and not isinstance(event.payload.get("step"), int):
         raise invalid("event.step", f"{event.payload.get('step')!r}: a {event.kind} event names its step")
     if event.kind is EventKind.CHECKPOINT:
-        check_path("event.path", event.payload.get("path"))
+        check_path("event.path", event.payload.get("path") or "")
 
 
-def check_path(field: str, path: Any) -> None:
-    """Raise INVALID_REQUEST for what can be no path."""
-    if not isinstance(path, str) or len(path) > LONGEST_PATH:
-        raise invalid(field, f"name a folder, in at most {LONGEST_PATH} characters")
+def check_path(field: str, path: str) -> None:
+    """Raise INVALID_REQUEST for what no disk takes for a path."""
+    written = path.encode("utf-8", "surrogateescape")
+    sound = written and b"\0" not in written and max(map(len, written.split(b"/"))) <= LONGEST_NAME
+    if not sound or len(written) > LONGEST_PATH:
+        most = f"of at most {LONGEST_PATH} bytes, with names of at most {LONGEST_NAME}"
+        raise invalid(field, f"{shortened(path, LONGEST_REASON)!r}: name a folder, {most}")
 
 
 def _bounded(event: Event) -> Event:

@@ -22,9 +22,10 @@ from opd_daemon.names import new_run_id
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs.acceptance import checked_config, request_digest
 from opd_daemon.runs.attempt import Preflight, RunServices, Teaching
-from opd_daemon.runs.files import MOST_BYTES, names_on_disk, remove_files, require_room, tidy_up, write_waiting
+from opd_daemon.runs.files import is_folder, names_on_disk, remove_files, tidy_up, write_waiting
 from opd_daemon.runs.ledger import Ledger
 from opd_daemon.runs.plans import PlanRequest, does_not_fit
+from opd_daemon.runs.quota import MOST_BYTES, require_room
 from opd_daemon.runs.reports import report_files, report_path
 from opd_daemon.runs.resumption import Resumption
 from opd_daemon.runs.scheduler import Scheduler
@@ -117,7 +118,9 @@ class RunManager:
             if earlier is not None:
                 return earlier.run
             run = await self._planned(values, request_id, validate_only, machine)
-            await asyncio.to_thread(require_room, self._home, run.plan, self._most_bytes)
+            unfinished = await self._events.read(lambda store: store.list_runs({RunState.PENDING, *LIVE}, limit=-1))
+            others = [stored.run for stored in unfinished]
+            await asyncio.to_thread(require_room, self._home, run.plan, others, self._most_bytes)
             if run.plan and not run.plan.fits and not force:
                 raise does_not_fit(run.plan)
             return await _seen_through(self._accept(run, digest))
@@ -314,7 +317,7 @@ class RunManager:
         """Checkpoints that are on disk now, oldest first."""
         await self._ledger.get(run_id)
         found = await self._events.read(lambda store: store.checkpoints(run_id))
-        return await asyncio.to_thread(lambda: [entry for entry in found if Path(entry.path).is_dir()])
+        return await asyncio.to_thread(lambda: [entry for entry in found if is_folder(entry.path)])
 
     async def report_files(self, run_id: str) -> Paths:
         """The report's page and its pictures. Raises as `reports.report_files`, and RUN_NOT_FOUND."""

@@ -163,7 +163,8 @@ class TeacherServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Turns text or a chat (2^19 characters at most) into the teacher's token ids, or ids (2^19 at most) into text.
+        """Turns text or a chat (2^19 characters at most) into the teacher's token ids, or ids (2^19 at most) into text; 4 bytes an id and
+        the text must not be more than 3 MiB together.
 
         Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. UNAVAILABLE/TEACHER_LOADING.
         """

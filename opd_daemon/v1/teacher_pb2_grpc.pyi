@@ -109,7 +109,8 @@ class TeacherServiceStub:
     work all the same. FAILED_PRECONDITION/TEACHER_NOT_LOADED or TEACHER_CHANGED. UNAVAILABLE/TEACHER_LOADING.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_teacher_pb2.TokenizeRequest, _teacher_pb2.TokenizeResponse]
-    """Turns text or a chat (2^19 characters at most) into the teacher's token ids, or ids (2^19 at most) into text.
+    """Turns text or a chat (2^19 characters at most) into the teacher's token ids, or ids (2^19 at most) into text; 4 bytes an id and
+    the text must not be more than 3 MiB together.
 
     Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. UNAVAILABLE/TEACHER_LOADING.
     """
@@ -175,7 +176,8 @@ class TeacherServiceAsyncStub(TeacherServiceStub):
     work all the same. FAILED_PRECONDITION/TEACHER_NOT_LOADED or TEACHER_CHANGED. UNAVAILABLE/TEACHER_LOADING.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_teacher_pb2.TokenizeRequest, _teacher_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Turns text or a chat (2^19 characters at most) into the teacher's token ids, or ids (2^19 at most) into text.
+    """Turns text or a chat (2^19 characters at most) into the teacher's token ids, or ids (2^19 at most) into text; 4 bytes an id and
+    the text must not be more than 3 MiB together.
 
     Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. UNAVAILABLE/TEACHER_LOADING.
     """
@@ -280,7 +282,8 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _teacher_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_teacher_pb2.TokenizeResponse, _abc.Awaitable[_teacher_pb2.TokenizeResponse]]:
-        """Turns text or a chat (2^19 characters at most) into the teacher's token ids, or ids (2^19 at most) into text.
+        """Turns text or a chat (2^19 characters at most) into the teacher's token ids, or ids (2^19 at most) into text; 4 bytes an id and
+        the text must not be more than 3 MiB together.
 
         Errors: FAILED_PRECONDITION/TEACHER_NOT_LOADED. UNAVAILABLE/TEACHER_LOADING.
         """

@@ -141,6 +141,21 @@ def test_who_has_no_token_is_answered_before_the_message_is_read(style: str, mon
     assert not decoded
 
 
+@asynchronous
+async def test_what_needs_no_token_takes_little_memory() -> None:
+    async with serving() as address, grpc.aio.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        assert (await stub.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+        watched = stub.Watch(health_pb2.HealthCheckRequest())
+        assert (await anext(aiter(watched))).status == health_pb2.HealthCheckResponse.SERVING
+        watched.cancel()
+        large = health_pb2.HealthCheckRequest(service=3_000_000 * "x")
+        for answer in (stub.Check(large), anext(aiter(stub.Watch(large)))):
+            with pytest.raises(grpc.aio.AioRpcError, match="send at most 4096") as refused:
+                await answer
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_a_flood_without_a_token_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
     @asynchronous
     async def scenario() -> None:

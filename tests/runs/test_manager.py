@@ -264,16 +264,30 @@ async def test_a_long_text_reaches_nobody_whole(tmp_path: Path) -> None:
         run_id = await daemon.start()
         text = Event(EventKind.LOG, run_id, {"level": "info", "text": 5_000_000 * "x"}, datetime.now(UTC))
         await daemon.runs.report(run_id, text)
-        await daemon.runs.finish(run_id, S.FAILED, error_reason="TRAINER_FAILED", error_message=5_000_000 * "y")
+        await daemon.runs.finish(run_id, S.FAILED, error_reason=5_000_000 * "R", error_message=5_000_000 * "y")
         (stored,) = [
             event.payload["text"]
             for event in (await daemon.events.read(lambda store: store.events_after(0, run_id)))[0]
             if event.kind is EventKind.LOG and "x" in event.payload["text"][:1]
         ]
-        message = (await daemon.runs.get(run_id)).error_message
+        run = await daemon.runs.get(run_id)
+        message = run.error_message
+        assert len(run.error_reason) <= 100
         for shown in (stored, message):
             assert len(shown) < MOST_CHARACTERS + 100
             assert shown.endswith("characters more)")
+
+
+@asynchronous
+async def test_a_checkpoint_is_where_a_disk_can_hold_it(tmp_path: Path) -> None:
+    async with Stage(tmp_path).daemon() as daemon:
+        run_id = await daemon.start()
+        for path in ("", "/\0", f"/{4000 * 'x'}", 1100 * "\U0001f600", 2000 * "/xy"):
+            event = Event(EventKind.CHECKPOINT, run_id, {"step": 1, "path": path}, datetime.now(UTC))
+            fault = await refusal(daemon.runs.report(run_id, event))
+            assert [violation.field for violation in fault.violations] == ["event.path"]
+        await daemon.runs.report(run_id, with_run(checkpoint(1, tmp_path / "missing" / (200 * "x")), run_id))
+        assert await daemon.runs.checkpoints(run_id) == []
 
 
 @asynchronous
@@ -283,11 +297,14 @@ async def test_runs_keep_no_more_than_the_owner_allows(tmp_path: Path) -> None:
     kept.mkdir(parents=True)
     (kept / "adapters.safetensors").write_bytes(bytes(900_000))
     async with stage.daemon() as daemon:
+        stage.plan = replace(
+            PLAN, disk=(PlannedBytes("", "checkpoints", 60_000), PlannedBytes("", TEACHER_CACHE, 10**9))
+        )
         await daemon.create()
-        stage.plan = replace(PLAN, disk=(PlannedBytes("", "checkpoints", 200_000), PlannedBytes("", TEACHER_CACHE, 1)))
         fault = await refusal(daemon.create())
         assert (fault.reason, "--runs-limit" in fault.message) == (Reason.DISK_FULL, True)
-        assert await refusal(daemon.runs.create(stage.values(), force=True))
+        assert "those that are not finished will add 5" in fault.message
+        assert (await refusal(daemon.runs.create(stage.values(), force=True))).reason is Reason.DISK_FULL
         stage.plan = replace(PLAN, disk=(PlannedBytes("", TEACHER_CACHE, 10**9),))
         await daemon.create()
 
