@@ -53,6 +53,7 @@ FAULTS: dict[str, Fault] = {
     "endless text": Fault(17, lambda s: s.tokenize(text=600_000 * "a"), REQUEST, "tokens.text", "send at most 524288"),
     "endless chat": Fault(17, lambda s: s.tokenize(chat={"messages": [{"role": "user", "content": 600_000 * "a"}]}), REQUEST, "tokens.chat", "send at most 524288"),
     "endless ids": Fault(17, lambda s: s.tokenize(token_ids={"ids": bytes(20_000_000)}), REQUEST, "tokens.token_ids", "5000000 ids; send at most 524288"),
+    "ids of endless text": Fault(17, lambda s: s.client.detokenize([400] * 300_000), REQUEST, "tokens", "more than an answer holds"),
     "chat of nobody": Fault(3, lambda s: s.tokenize(chat={}), REQUEST, "tokens.chat.messages", "none given"),
     "no alternatives": Fault(19, lambda s: s.generate(1, top_logprobs=-1), REQUEST, "prompts[0].top_logprobs", "must be 0 to"),
     "too many alternatives": Fault(19, lambda s: s.generate(1, top_logprobs=VOCABULARY + 1), REQUEST, "prompts[0].top_logprobs", f"must be 0 to {VOCABULARY}"),
