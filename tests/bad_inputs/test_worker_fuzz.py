@@ -99,10 +99,17 @@ def report(**item: Any) -> bytes:
 
 
 TOO_LATE = Timestamp(seconds=2**62)
-# What was found: an item of ReportEvents that was answered with INTERNAL.
+# What was found: items of ReportEvents that were answered with INTERNAL, or that broke calls which tell of them.
 REGRESSIONS = {
     "event of no year": report(event=event_pb2.Event(time=TOO_LATE, log_line=event_pb2.LogLine(text="x"))),
     "gauges of no year": report(gauges=event_pb2.Gauges(time=TOO_LATE, values={"tokens": 1.0})),
+    "gauges without end": report(gauges=event_pb2.Gauges(values={20_000 * "x": 1.0})),
+    "tasks without end": report(
+        event=event_pb2.Event(evaluation_metrics=event_pb2.EvaluationMetrics(tasks={99_000 * "x": 1}))
+    ),
+    "path without end": report(
+        event=event_pb2.Event(checkpoint_written=event_pb2.CheckpointWritten(step=1, path=5000 * "/x"))
+    ),
 }
 
 
