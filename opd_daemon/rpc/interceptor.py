@@ -109,18 +109,15 @@ class _Call:
         """A call of one request for which nobody needs a token: its message is read in turn, and must be small."""
         try:
             self._begin(context)
-            request = self._decoded(await self._first(requests))
-            if self._handler.unary_unary:
-                yield await self._handler.unary_unary(request, context)
-            else:
-                async with aclosing(_iterated(self._handler.unary_stream(request, context))) as responses:
-                    async for response in responses:
-                        yield response
-        except GeneratorExit:
-            raise
+            data = await self._first(requests)
         except BaseException as error:  # noqa: BLE001 - nothing unmapped may pass
             await self._refuse(error, context)
-        self._tell("OK")
+        if self._handler.unary_unary:
+            yield await self.unary_unary(data, context)
+            return
+        async with aclosing(_iterated(self.unary_stream(data, context))) as responses:
+            async for response in responses:
+                yield response
 
     async def _first(self, requests: AsyncIterator[bytes]) -> bytes:
         async with self._border.strangers:
