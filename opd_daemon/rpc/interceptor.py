@@ -24,7 +24,8 @@ from opd_daemon.wire.malformed import first_fault
 
 log = logging.getLogger(__name__)
 
-STRANGERS_SECONDS = 1.0
+# Calls without a valid token that are told of, in a second.
+STRANGERS_TOLD = 10
 # Of calls that need no token: messages read at a time, the time one may take, and its size.
 STRANGERS, OPEN_SECONDS, OPEN_BYTES = 4, 5.0, 4096
 # What a client says may be anything; no run has a longer name.
@@ -49,16 +50,16 @@ class Border(grpc.aio.ServerInterceptor):
     def __init__(self, gate: Gate, home: Home) -> None:
         self._gate = gate
         self._home = home
-        self._strangers_told = 0.0
+        self._strangers_second = self._strangers_told = 0
         self.strangers = asyncio.Semaphore(STRANGERS)
 
     def tells_of_strangers(self) -> bool:
         """Whether one more call without a valid token is worth a line: not every one of a flood."""
-        now = time.monotonic()
-        due = now - self._strangers_told >= STRANGERS_SECONDS
-        if due:
-            self._strangers_told = now
-        return due
+        now = int(time.monotonic())
+        if now != self._strangers_second:
+            self._strangers_second, self._strangers_told = now, 0
+        self._strangers_told += 1
+        return self._strangers_told <= STRANGERS_TOLD
 
     async def intercept_service(
         self, continuation: Callable[[Details], Awaitable[Handler]], handler_call_details: Details
