@@ -2,9 +2,10 @@
 
     python bench/overload.py [--seconds 30]
 
-A small client sends one call after the other: first alone, then while another process offers ten times the tokens that
-the teacher can score, whether it is refused or not, and then while that process has hundreds of prompts continued. The
-95th percentiles of the small client's calls are compared, and the daemon's memory is watched.
+A small client sends one call after the other: alone, and while another process offers ten times the tokens that the
+teacher can score, whether it is refused or not. Then the same with completions, beside hundreds of prompts that are
+continued, by a model large enough that reading its weights is what decoding waits for. The 95th percentiles of the
+small client's calls are compared, and the daemon's memory is watched.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ SMALL, LARGE = (2, 256), (16, 256)  # sequences and their tokens in one call
 PROMPTS, NEW_TOKENS, SMALL_TOKENS = 16, 64, 16
 SENDERS = 64
 SAMPLE_SECONDS = 0.1
+# Until the flood's queue is full.
+SETTLING_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,39 +68,57 @@ def main() -> None:
         flood(Client.find(Home(arguments.home)), arguments.flood, arguments.rate)
         return
     with tempfile.TemporaryDirectory() as name:
-        model = write_tiny_qwen2(Path(name) / "teacher", seed=1, hidden=256, layers=6, heads=8, context=1024)
-        with LocalDaemon(Home(Path(name) / "home")) as daemon, daemon.client() as client:
-            for _ in client.load_teacher(str(model)):
-                pass
-            compare(client, Path(name) / "home", arguments.seconds)
+        folder = Path(name)
+        small = write_tiny_qwen2(folder / "small", seed=1, hidden=256, layers=6, heads=8, context=1024)
+        large = write_tiny_qwen2(folder / "large", seed=1, hidden=1024, layers=8, heads=16, context=1024)
+        with LocalDaemon(Home(folder / "home")) as daemon, daemon.client() as client:
+            print(f"{'small client':34} {'alone p50':>10} {'p95':>8} {'flooded p50':>12} {'p95':>8} {'ratio':>6}   ms")
+            load(client, small)
+            score_flooded(client, folder / "home", arguments.seconds)
+            load(client, large)
+            generate_flooded(client, folder / "home", arguments.seconds)
 
 
-def compare(client: Client, home: Path, seconds: float) -> None:
-    """Alone and under both floods."""
+def load(client: Client, model: Path) -> None:
+    """Make a model the teacher."""
+    for _ in client.load_teacher(str(model)):
+        pass
+
+
+def score_flooded(client: Client, home: Path, seconds: float) -> None:
+    """Scores, alone and under a flood of scores."""
     timed(lambda: small_score(client), 2.0)
     rate = capacity(client)
-    print(f"the teacher scores {rate:.0f} tokens/s; the flood offers {OVERLOAD * rate:.0f}")
     alone = timed(lambda: small_score(client), seconds)
-    alone_generating = timed(lambda: small_generate(client), seconds / 2)
     memory = Memory()
     with flooded(home, "score", OVERLOAD * rate):
-        time.sleep(5.0)
+        time.sleep(SETTLING_SECONDS)
         memory.start()
-        score = timed(lambda: small_score(client), seconds)
+        found = timed(lambda: small_score(client), seconds)
         growth, peak = memory.stop()
-    time.sleep(1.0)
-    with flooded(home, "generate", 0.0):
-        time.sleep(2.0)
-        generating = timed(lambda: small_generate(client), seconds)
-    print(f"{'small client':34} {'alone p50':>10} {'p95':>8} {'flooded p50':>12} {'p95':>8} {'ratio':>6}   ms")
-    for name, before, after in (
-        ("scores 2 x 256 tokens", alone, score),
-        (f"continues a prompt by {SMALL_TOKENS}", alone_generating, generating),
-    ):
-        numbers = f"{before.p50:10.0f} {before.p95:8.0f} {after.p50:12.0f} {after.p95:8.0f}"
-        print(f"{name:34} {numbers} {after.p95 / before.p95:6.2f}   {len(after.seconds)} calls")
+    show("scores 2 x 256 tokens", alone, found)
+    print(f"the teacher scores {rate:.0f} tokens/s; the flood offered {OVERLOAD * rate:.0f}")
     change = f"{growth / 1e6:+.0f} MB from the first to the last third"
     print(f"the daemon's memory under the flood of scores: {change}, at most {peak / 1e6:.0f} MB")
+
+
+def generate_flooded(client: Client, home: Path, seconds: float) -> None:
+    """Completions, alone and under a flood of completions."""
+    timed(lambda: small_generate(client), 2.0)
+    alone = timed(lambda: small_generate(client), seconds)
+    with flooded(home, "generate", 0.0):
+        time.sleep(SETTLING_SECONDS)
+        # The first calls meet the sequences that the flood had begun before anybody else was there.
+        first = timed(lambda: small_generate(client), SETTLING_SECONDS)
+        found = timed(lambda: small_generate(client), 2 * seconds)
+    show(f"continues a prompt by {SMALL_TOKENS}", alone, found)
+    print(f"the first completion beside the flood takes {1000 * first.seconds[0]:.0f} ms")
+
+
+def show(name: str, before: Latencies, after: Latencies) -> None:
+    """One line of the table."""
+    numbers = f"{before.p50:10.0f} {before.p95:8.0f} {after.p50:12.0f} {after.p95:8.0f}"
+    print(f"{name:34} {numbers} {after.p95 / before.p95:6.2f}   {len(after.seconds)} calls")
 
 
 def requests(count: int, tokens: int) -> list[ScoreRequest]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -73,6 +73,21 @@ class Budget:
     small: int
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Sequences decoded at once: `most`, of any one client `alone`, or `contended` while several want the teacher.
+
+    prefilled: prompts computed at once; contended_tokens: as many of theirs while several clients want the teacher,
+    but for one prompt of each, which is computed in pieces.
+    """
+
+    most: int
+    alone: int
+    contended: int
+    prefilled: int
+    contended_tokens: int
+
+
 def next_batch(queue: FairQueue[ScoreItem], budget: Budget, *, shares: bool) -> list[ScoreItem]:
     """The item that is due and others that go well with it, within the budget of tokens in one forward pass.
 
@@ -86,7 +101,7 @@ def next_batch(queue: FairQueue[ScoreItem], budget: Budget, *, shares: bool) -> 
     items = list(islice(queue.in_turn(), SCANNED_ITEMS))
     items = [item for item in items if item.together is items[0].together]
     tokens = budget.alone
-    if items and items[0].together is None and queue.contended:
+    if items and items[0].together is None and len(queue.clients) > 1:
         own = items[0].client
         tokens = budget.small if queue.tokens_of(own) <= budget.small else budget.contended
         items = [item for item in items if item.client == own or queue.tokens_of(item.client) <= tokens]
@@ -94,20 +109,32 @@ def next_batch(queue: FairQueue[ScoreItem], budget: Budget, *, shares: bool) -> 
 
 
 def joining(
-    queue: FairQueue[GenerationItem], decoding: Iterable[GenerationItem], *, most: int, most_of_one: int
+    queue: FairQueue[GenerationItem],
+    decoding: Collection[GenerationItem],
+    prefilling: Collection[GenerationItem],
+    places: Places,
 ) -> list[GenerationItem]:
-    """Prompts that may join those `decoding`, in turn: at most `most` at once, `most_of_one` of any one client.
+    """Waiting prompts that may join those `decoding`, in turn; `prefilling` are the ones of them without a token yet.
 
-    So there is room at once for a client that comes while another has filled its share.
+    While several clients want the teacher, none has more than a few sequences there nor many tokens of prompts in one
+    round, as everybody waits for the slowest round. So there is room at once for a client that comes later.
     """
     held = Counter(item.client for item in decoding)
-    room = most - held.total()
+    reading = Counter(item.client for item in prefilling)
+    contended = len(queue.clients | held.keys()) > 1
+    of_one = places.contended if contended else places.alone
+    tokens = sum(len(item.request.prompt_ids) for item in prefilling)
+    room = min(places.most - held.total(), places.prefilled - reading.total())
     chosen: list[GenerationItem] = []
     for item in queue.in_turn():
         if len(chosen) >= room:
             break
-        if held[item.client] < most_of_one:
+        size = len(item.request.prompt_ids)
+        too_long = contended and reading[item.client] and tokens + size > places.contended_tokens
+        if held[item.client] < of_one and not too_long:
             held[item.client] += 1
+            reading[item.client] += 1
+            tokens += size
             chosen.append(item)
     return chosen
 

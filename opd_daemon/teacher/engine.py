@@ -247,7 +247,8 @@ class Engine:
                 items = [self._alone.popleft()]
             else:
                 expired = [item for item in self._scores.in_turn() if item.expired]
-                self._scores.take(expired)
+                for item in expired:
+                    self._scores.discard(item)
                 _refuse_expired(expired)
                 shares = self._loaded is not None and self._loaded.shares_prefixes
                 items = next_batch(self._scores, self._budget, shares=shares)

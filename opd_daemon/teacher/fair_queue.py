@@ -1,4 +1,4 @@
-"""Waiting work, shared fairly: clients take turns, each client's oldest item goes first."""
+"""Waiting work, shared fairly: clients take turns, each client's oldest item goes first, who was just served last."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class FairQueue(Generic[Item]):
     def __init__(self) -> None:
         self._lines: dict[str, _Line[Item]] = {}
         self._lately: dict[str, float] = {}
+        self._served = ""
         self.tokens = 0
 
     def __bool__(self) -> bool:
@@ -55,14 +56,17 @@ class FairQueue(Generic[Item]):
         return line.tokens if line else 0
 
     @property
-    def contended(self) -> bool:
-        """Whether more than one client waits, or did a moment ago and may well come back."""
+    def clients(self) -> set[str]:
+        """Those that wait, or did a moment ago and may well come back."""
         self._forget_old()
-        return len(self._lines.keys() | self._lately.keys()) > 1
+        return self._lines.keys() | self._lately.keys()
 
     def add(self, item: Item) -> None:
-        """Append to the end of its client's line."""
-        line = self._lines.setdefault(item.client, _Line())
+        """Append to the end of its client's line; a client that had none waiting comes before the one served last."""
+        line = self._lines.get(item.client)
+        if line is None:
+            line = self._lines[item.client] = _Line()
+            self._to_the_back(self._served)
         line.items[item] = None
         line.tokens += item.tokens
         self.tokens += item.tokens
@@ -93,12 +97,13 @@ class FairQueue(Generic[Item]):
             lines = still
 
     def take(self, items: Iterable[Item]) -> None:
-        """Remove chosen items; the client of the first one goes to the back of the turn."""
+        """Remove the items to be served now; the client of the first one goes to the back of the turn."""
         chosen = list(items)
         for item in chosen:
             self.discard(item)
-        if chosen and chosen[0].client in self._lines:
-            self._lines[chosen[0].client] = self._lines.pop(chosen[0].client)
+        if chosen:
+            self._served = chosen[0].client
+            self._to_the_back(self._served)
 
     def drain(self) -> list[Item]:
         """Remove and return everything."""
@@ -106,6 +111,10 @@ class FairQueue(Generic[Item]):
         self._lines.clear()
         self.tokens = 0
         return items
+
+    def _to_the_back(self, client: str) -> None:
+        if client in self._lines:
+            self._lines[client] = self._lines.pop(client)
 
     def _forget_old(self) -> None:
         """The dictionary is in order of time, as every client that asks again goes to its end."""

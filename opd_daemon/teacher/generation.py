@@ -13,16 +13,19 @@ import numpy as np
 
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.teacher import mlxlm
-from opd_daemon.teacher.batching import GenerationItem, joining
+from opd_daemon.teacher.batching import GenerationItem, Places, joining
 from opd_daemon.teacher.distribution import describe
 from opd_daemon.teacher.fair_queue import FairQueue
 from opd_daemon.teacher.loading import LoadedModel
 from opd_daemon.types import GeneratedToken, GenerateRequest, ScoreWants
 
-# At once, and of one client: the rest is kept for whoever comes while one has taken all it may.
+# At once, and of one client: the rest is kept for whoever comes while one has taken all it may. Where reading the
+# weights is what takes time, a round of 8 takes hardly longer than one of a single sequence.
 DECODING_SEQUENCES = 36
-SEQUENCES_OF_ONE_CLIENT = 32
+SEQUENCES_OF_ONE_CLIENT, SEQUENCES_BESIDE_OTHERS = 32, 8
 PREFILL_SEQUENCES = 8
+# While several clients want the teacher, the pieces of a prefill are so many times shorter.
+SHORTER = 8
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -33,16 +36,19 @@ class Generation:
     def __init__(self, loaded: LoadedModel, eos_token_ids: Sequence[int], piece: int) -> None:
         self._loaded = loaded
         self._eos = frozenset(eos_token_ids)
-        self._piece = piece
+        self._piece, self._short_piece = piece, max(1, piece // SHORTER)
+        self._places = Places(
+            DECODING_SEQUENCES, SEQUENCES_OF_ONE_CLIENT, SEQUENCES_BESIDE_OTHERS, PREFILL_SEQUENCES, self._short_piece
+        )
         self._active: dict[int, GenerationItem] = {}
+        self._prefilling: dict[int, GenerationItem] = {}
 
     def __len__(self) -> int:
         return len(self._active)
 
     def joining(self, waiting: FairQueue[GenerationItem]) -> list[GenerationItem]:
         """Which of the waiting prompts may join now."""
-        working = self._active.values()
-        return joining(waiting, working, most=DECODING_SEQUENCES, most_of_one=SEQUENCES_OF_ONE_CLIENT)
+        return joining(waiting, self._active.values(), self._prefilling.values(), self._places)
 
     @cached_property
     def _batches(self) -> Any:
@@ -61,7 +67,9 @@ class Generation:
             max_tokens=[item.request.max_tokens for item in items],
             samplers=[sampler(item.request) for item in items],
         )
-        self._active.update(zip(uids, items, strict=True))
+        added = dict(zip(uids, items, strict=True))
+        self._active |= added
+        self._prefilling |= added
 
     def step(self) -> int:
         """One round: every decoding sequence gets a token, waiting prompts a piece of prefill; how many tokens."""
@@ -70,7 +78,12 @@ class Generation:
         working = list(self._active.values())
         if not working:
             return 0
-        _, responses = self._batches.next()
+        contended = len({item.client for item in working}) > 1
+        self._batches.prefill_step_size = self._short_piece if contended else self._piece
+        prompts, responses = self._batches.next()
+        for prompt in prompts:
+            if prompt.end_of_prompt:
+                self._prefilling.pop(prompt.uid, None)
         tokens = self._tokens(responses) if responses else []
         share = 1000 * (time.perf_counter() - started) / len(working)
         for item in working:
@@ -81,7 +94,7 @@ class Generation:
 
     def fail(self, error: OpdError) -> None:
         """End every sequence with `error` and start afresh."""
-        failed, self._active = list(self._active.values()), {}
+        failed, self._active, self._prefilling = list(self._active.values()), {}, {}
         self.__dict__.pop("_batches", None)
         for item in failed:
             item.deliver(error)
@@ -124,6 +137,7 @@ class Generation:
             self._batches.remove(uids)
         for uid in uids:
             del self._active[uid]
+            self._prefilling.pop(uid, None)
 
 
 class RealVocabulary:

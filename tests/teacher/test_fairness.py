@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,14 @@ import pytest
 
 from opd_daemon.errors import RETRY_AFTER, OpdError, Reason
 from opd_daemon.teacher import fair_queue
-from opd_daemon.teacher.batching import Budget, GenerationItem, ScoreItem, joining, next_batch
+from opd_daemon.teacher.batching import Budget, GenerationItem, Places, ScoreItem, joining, next_batch
 from opd_daemon.teacher.engine import SHARES, Engine
-from opd_daemon.teacher.fair_queue import FairQueue
+from opd_daemon.teacher.fair_queue import FairQueue, Item
 from opd_daemon.teacher.pace import LONGEST_SECONDS, SHORTEST_SECONDS, Pace
 from opd_daemon.types import GenerateRequest, ScoreRequest
 
 BUDGET = Budget(alone=800, contended=200, small=400)
+PLACES = Places(most=8, alone=6, contended=3, prefilled=8, contended_tokens=20)
 
 
 def nowhere(*_: Any) -> None:
@@ -26,18 +28,18 @@ def score_item(client: str, tokens: int = 100, together: object = None) -> Score
     return ScoreItem(ScoreRequest(np.arange(tokens, dtype=np.int32), 1), client, nowhere, None, together)
 
 
-def prompt_item(client: str) -> GenerationItem:
-    return GenerationItem(GenerateRequest((1, 2), max_tokens=8), client, nowhere)
+def prompt_item(client: str, tokens: int = 2) -> GenerationItem:
+    return GenerationItem(GenerateRequest((1,) * tokens, max_tokens=8), client, nowhere)
 
 
-def queue_of(*items: ScoreItem) -> FairQueue[ScoreItem]:
-    queue: FairQueue[ScoreItem] = FairQueue()
+def queue_of(*items: Item) -> FairQueue[Item]:
+    queue: FairQueue[Item] = FairQueue()
     for item in items:
         queue.add(item)
     return queue
 
 
-def clients_of(items: list[ScoreItem]) -> list[str]:
+def clients_of(items: Sequence[ScoreItem] | Sequence[GenerationItem]) -> list[str]:
     return [item.client for item in items]
 
 
@@ -97,22 +99,69 @@ def test_clients_take_turns_pass_by_pass() -> None:
     assert turns[:4] == ["flood", "other"] * 2
 
 
+def test_who_comes_during_a_pass_goes_before_the_one_it_is_for() -> None:
+    queue = queue_of(*(score_item("flood") for _ in range(50)))
+    for _ in range(3):
+        queue.take(next_batch(queue, BUDGET, shares=False))
+        queue.add(score_item("small"))
+        batch = next_batch(queue, BUDGET, shares=False)
+        assert clients_of(batch) == ["small"]
+        queue.take(batch)
+
+
+def test_who_keeps_coming_back_does_not_pass_those_who_wait() -> None:
+    queue = queue_of(*(score_item(client) for client in ("a", "b", "c") for _ in range(20)))
+    turns = []
+    for _ in range(8):
+        batch = next_batch(queue, BUDGET, shares=False)
+        queue.take(batch)
+        turns.append(batch[0].client)
+        if not queue.tokens_of("eager"):
+            queue.add(score_item("eager", 300))
+    assert turns == ["a", "b", "c", "eager"] * 2
+
+
 def test_many_prompts_of_one_client_leave_room_for_another() -> None:
-    queue: FairQueue[GenerationItem] = FairQueue()
-    for _ in range(9):
-        queue.add(prompt_item("flood"))
-    decoding = joining(queue, [], most=8, most_of_one=6)
-    assert [item.client for item in decoding] == ["flood"] * 6
+    queue = queue_of(*(prompt_item("flood") for _ in range(9)))
+    decoding = joining(queue, [], [], PLACES)
+    assert clients_of(decoding) == ["flood"] * 6
     queue.take(decoding)
     queue.add(prompt_item("small"))
-    assert [item.client for item in joining(queue, decoding, most=8, most_of_one=6)] == ["small"]
+    assert clients_of(joining(queue, decoding, [], PLACES)) == ["small"]
+
+
+def test_a_flood_decodes_few_beside_another_client() -> None:
+    queue = queue_of(*(prompt_item("flood") for _ in range(9)))
+    assert clients_of(joining(queue, [prompt_item("small")], [], PLACES)) == ["flood"] * 3
+    decoding = [prompt_item("flood"), prompt_item("flood"), prompt_item("small")]
+    assert clients_of(joining(queue, decoding, [], PLACES)) == ["flood"]
+
+
+def test_prompts_join_as_fast_as_they_are_computed_so_that_a_newcomer_is_next() -> None:
+    places = Places(most=99, alone=99, contended=99, prefilled=4, contended_tokens=99)
+    queue = queue_of(*(prompt_item("flood") for _ in range(9)))
+    prefilling = joining(queue, [], [], places)
+    assert len(prefilling) == 4
+    queue.take(prefilling)
+    assert not joining(queue, prefilling, prefilling, places)
+    queue.add(prompt_item("small"))
+    assert clients_of(joining(queue, prefilling, prefilling[1:], places)) == ["small"]
+
+
+def test_long_prompts_of_a_flood_come_one_by_one_beside_another_client() -> None:
+    queue = queue_of(*(prompt_item("flood", 50) for _ in range(4)))
+    assert len(joining(queue, [], [], PLACES)) == 4
+    queue.add(prompt_item("small", 50))
+    first = joining(queue, [], [], PLACES)
+    assert sorted(clients_of(first)) == ["flood", "small"]
+    queue.take(first)
+    assert not joining(queue, first, first, PLACES)
+    assert clients_of(joining(queue, first, [], PLACES)) == ["flood"]
 
 
 def test_no_more_prompts_join_than_there_is_room_for() -> None:
-    queue: FairQueue[GenerationItem] = FairQueue()
-    for number in range(20):
-        queue.add(prompt_item(f"client{number % 4}"))
-    assert len(joining(queue, [prompt_item("old")], most=8, most_of_one=6)) == 7
+    queue = queue_of(*(prompt_item(f"client{number % 4}") for number in range(20)))
+    assert len(joining(queue, [prompt_item("old")], [], PLACES)) == 7
 
 
 class TestAFullQueue:
