@@ -1,5 +1,7 @@
 """The daemon's log: lines for a person on stderr, JSON lines in a file that is rotated.
 
+Where a service manager keeps stderr in a file of the log folder, that one begins anew when it has grown large.
+
 Whatever a client makes the daemon say stays inside its own line: control characters, line ends and what turns the
 direction of writing are escaped in both.
 """
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from pythonjsonlogger.json import JsonFormatter
 
-FILE = "daemon.jsonl"
+FILE, SERVICE_FILE = "daemon.jsonl", "service.log"
 FILE_BYTES = 10 << 20
 OLD_FILES = 5
 LAYOUT = "%(asctime)s %(levelname)s %(name)s %(message)s"
@@ -46,6 +48,17 @@ def log_to_file(folder: Path) -> logging.Handler:
     handler.addFilter(_with_context)
     logging.getLogger().addHandler(handler)
     return handler
+
+
+def log_to_service_file(folder: Path) -> None:
+    """If stderr is the folder's file for a service manager, don't let that grow without end."""
+    try:
+        kept = os.path.samestat(os.fstat(sys.stderr.fileno()), (folder / SERVICE_FILE).stat())
+    except (OSError, ValueError):  # there is no such file, or stderr is none
+        return
+    if kept:
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_begin_anew)
 
 
 def escaped(text: str) -> str:
@@ -83,6 +96,14 @@ def _one_line(record: logging.LogRecord) -> logging.LogRecord:
 def _is_no_departure(record: logging.LogRecord) -> bool:
     """Whether it is more than a client that left while its answer was written, for which grpcio prints a traceback."""
     return not record.getMessage().startswith(DEPARTURE)
+
+
+def _begin_anew(_: logging.LogRecord) -> bool:
+    """Empty stderr's file once it is as large as all files of the other log together, which say the same and more."""
+    descriptor = sys.stderr.fileno()
+    if os.fstat(descriptor).st_size > OLD_FILES * FILE_BYTES:
+        os.ftruncate(descriptor, 0)
+    return True
 
 
 def _with_context(record: logging.LogRecord) -> bool:

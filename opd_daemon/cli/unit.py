@@ -7,6 +7,8 @@ import plistlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from opd_daemon.logs import SERVICE_FILE
+
 LABEL = "opd-daemon"
 RESTART_SECONDS = 10
 # On top of the time workers have: watches end, the teacher is unloaded, the store is closed.
@@ -28,7 +30,7 @@ class Unit:
     @property
     def log(self) -> Path:
         """Where standard output and standard error go."""
-        return self.home / "logs" / "service.log"
+        return self.home / "logs" / SERVICE_FILE
 
     @property
     def stop_seconds(self) -> int:

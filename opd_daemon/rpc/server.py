@@ -25,7 +25,7 @@ from opd_daemon.errors import OpdError, Reason
 from opd_daemon.events import MAX_WATCHERS
 from opd_daemon.failpoints import hit
 from opd_daemon.home import Home
-from opd_daemon.logs import log_to_file, log_to_stderr
+from opd_daemon.logs import log_to_file, log_to_service_file, log_to_stderr
 from opd_daemon.memory_limit import share_heaps
 from opd_daemon.paths import AllowedRoots
 from opd_daemon.retention import Retention
@@ -84,6 +84,7 @@ def serve(settings: ServeSettings) -> None:
     log_to_stderr(settings.log_level)
     os.environ["OPD_HOME"] = str(settings.home.root)  # for plugins, which know the home by this name
     with _only_daemon(settings.home):
+        log_to_service_file(settings.home.logs)
         log_to_file(settings.home.logs)
         asyncio.run(_serve(settings))
 

@@ -98,6 +98,24 @@ def test_the_file_is_private_rotates_and_never_fails_its_caller(
         handler.close()
 
 
+def test_what_a_service_manager_keeps_of_stderr_begins_anew_when_it_is_large(tmp_path: Path) -> None:
+    script = (
+        "import logging, sys; from pathlib import Path; from opd_daemon import logs\n"
+        "logs.FILE_BYTES, folder = 1000, Path(sys.argv[1])\n"
+        "logs.log_to_stderr('info'); logs.log_to_service_file(folder); logs.log_to_file(folder)\n"
+        "for number in range(1000): logging.info('event %d', number)\n"
+    )
+
+    def stderr_size(name: str) -> int:
+        with (tmp_path / name).open("ab") as file:
+            subprocess.run([sys.executable, "-c", script, str(tmp_path)], stderr=file, check=True, timeout=60)
+        assert (tmp_path / name).read_text().endswith("event 999\n")
+        return (tmp_path / name).stat().st_size
+
+    assert stderr_size(logs.SERVICE_FILE) <= 1000 * logs.OLD_FILES + 100
+    assert stderr_size("a person's own.log") > 2000 * logs.OLD_FILES
+
+
 def events(daemon: LocalDaemon) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (daemon.home.logs / logs.FILE).read_text().splitlines()]
 
@@ -133,8 +151,11 @@ def test_answers_carry_an_id_too(local: LocalDaemon) -> None:
 
 
 def test_no_token_is_logged(local: LocalDaemon) -> None:
-    with local.client() as client:
-        list(client.runs())
+    endpoint = find_endpoint(local.home)
+    with grpc.insecure_channel(endpoint.address) as channel:
+        call: Any = channel.unary_unary("/opd_daemon.v1.RunService/GetRun")
+        with pytest.raises(grpc.RpcError):
+            call(b"", metadata=(("authorization", f"Bearer {endpoint.token}"),), timeout=10)
     assert events(local)
     for file in local.home.logs.iterdir():
         assert find_endpoint(local.home).token not in file.read_text()
