@@ -24,7 +24,7 @@ from opd_daemon.types import Event, Run, RunState, ScoreRequest, ScoreWants
 from tests.crash.stage import Daemon, run_values, until
 
 SOAK = os.environ.get("OPD_SOAK") == "1"
-FLOOD = 200_000 if SOAK else 1_500
+FLOOD = 1_000_000 if SOAK else 1_500
 GROWTH_BYTES = 60 << 20
 PRINTED_SECONDS = 2.0
 
