@@ -49,5 +49,6 @@ def _show(findings: Iterable[Finding]) -> list[Finding]:
         screen.print(line)
         found.append(finding)
     levels = [str(finding.level) for finding in found]
-    output.show(f"\n{levels.count('error')} errors, {levels.count('warning')} warnings")
+    counts = [(levels.count(level), level) for level in ("error", "warning")]
+    output.show("\n" + ", ".join(f"{count} {level}{'' if count == 1 else 's'}" for count, level in counts))
     return found

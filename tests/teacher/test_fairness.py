@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from opd_daemon.errors import RETRY_AFTER, OpdError, Reason
 from opd_daemon.teacher import fair_queue
@@ -119,6 +122,25 @@ def test_who_keeps_coming_back_does_not_pass_those_who_wait() -> None:
         if not queue.tokens_of("eager"):
             queue.add(score_item("eager", 300))
     assert turns == ["a", "b", "c", "eager"] * 2
+
+
+@given(st.lists(st.sampled_from(["pass", "a", "b", "c", "d"]), max_size=60))
+def test_nobody_goes_twice_while_another_waits(steps: list[str]) -> None:
+    queue: FairQueue[ScoreItem] = FairQueue()
+    passed_by: dict[str, set[str]] = {}
+    for step in steps:
+        if step != "pass":
+            passed_by.setdefault(step, set())
+            queue.add(score_item(step))
+        elif due := list(islice(queue.in_turn(), 1)):
+            queue.take(due)
+            served = due[0].client
+            for client in passed_by.keys() - {served}:
+                assert served not in passed_by[client]
+                passed_by[client].add(served)
+            passed_by[served] = set()
+            if not queue.tokens_of(served):
+                del passed_by[served]
 
 
 def test_many_prompts_of_one_client_leave_room_for_another() -> None:
