@@ -81,9 +81,12 @@ def machine_names() -> list[str]:
     return [f"{chip} {size} GB" for chip, (*_, sizes) in CHIPS.items() for size in sizes]
 
 
-def this_machine() -> Machine:
-    """Typical rates of machines like this one, and the memory that runs of this process's daemon may use."""
-    total, usable = psutil.virtual_memory().total, free_memory()
+def this_machine(*, beside: int = 0) -> Machine:
+    """Typical rates of machines like this one, and the memory that a run of this process's daemon may use.
+
+    beside: other runs that train at the same time.
+    """
+    total, usable = psutil.virtual_memory().total, free_memory(beside)
     if sys.platform == "darwin":
         chip = next((known for known in CHIPS if known in _processor()), SLOWEST_PRO)
         score, train, decode, bandwidth, _ = CHIPS[chip]
@@ -94,16 +97,31 @@ def this_machine() -> Machine:
     return Machine(f"this machine ({cores} CPU cores)", *rates, total, usable, disk=1e9, float32=True)
 
 
-def free_memory() -> int:
-    """Bytes that this process and those it started may use in all: what is free, and what they hold already."""
+def free_memory(beside: int = 0) -> int:
+    """Bytes that this process and one it starts may use in all: what is free, and what this one's processes hold.
+
+    beside: as many of the processes it started, the largest, keep what they hold.
+    """
     own = psutil.Process()
+    children = sorted((_held(child, *_descendants(child)) for child in own.children()), reverse=True)
+    return psutil.virtual_memory().available + _held(own) + sum(children[beside:])
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:  # ended meanwhile
+        return []
+
+
+def _held(*processes: psutil.Process) -> int:
     held = 0
-    for process in (own, *own.children(recursive=True)):
+    for process in processes:
         try:
             held += process.memory_info().rss
         except psutil.Error:  # ended meanwhile
             continue
-    return psutil.virtual_memory().available + held
+    return held
 
 
 @cache

@@ -118,10 +118,14 @@ class ResidentTeacher:
 
 
 class Outlook:
-    """Checks and plans of runs; both block. What they take of `distill` is imported by the first run."""
+    """Checks and plans of runs; both block. What they take of `distill` is imported by the first run.
 
-    def __init__(self, home: Home, roots: AllowedRoots, teacher: TeacherService) -> None:
+    beside: runs that may train at the same time as another.
+    """
+
+    def __init__(self, home: Home, roots: AllowedRoots, teacher: TeacherService, *, beside: int) -> None:
         self._home = home
+        self._beside = beside
         self._roots = roots
         self._teacher = teacher
         self._opening = threading.Lock()
@@ -143,7 +147,8 @@ class Outlook:
         from opd_daemon.runs.calibration import Calibrations
         from opd_daemon.runs.planner import Planner
 
-        return Planner(Calibrations(self._home.calibration), self._home.root, self._teacher.cache_stats)
+        calibrations = Calibrations(self._home.calibration)
+        return Planner(calibrations, self._home.root, self._teacher.cache_stats, beside=self._beside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +181,7 @@ class Daemon:
         service = TeacherService(home.teacher_cache, home.digest_memo, cache_limit_bytes=limits.cache_bytes)
         await service.start()
         teacher = ResidentTeacher(service, events)
-        outlook = Outlook(home, roots, service)
+        outlook = Outlook(home, roots, service, beside=limits.concurrent_runs - 1)
         workers = Workers(home)
         runs = RunManager(
             home=home,

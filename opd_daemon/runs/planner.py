@@ -16,13 +16,17 @@ from opd_daemon.types import CacheStats, Plan
 class Planner:
     """Plans runs; what it measures of this machine is kept. Calls block.
 
-    folder: where runs and the teacher cache are kept. cache: what the cache holds and may hold.
+    folder: where runs and the teacher cache are kept. cache: what the cache holds and may hold. beside: other runs that
+    may train at the same time.
     """
 
-    def __init__(self, calibrations: Calibrations, folder: Path, cache: Callable[[], CacheStats]) -> None:
+    def __init__(
+        self, calibrations: Calibrations, folder: Path, cache: Callable[[], CacheStats], *, beside: int = 0
+    ) -> None:
         self._calibrations = calibrations
         self._folder = folder
         self._cache = cache
+        self._beside = beside
 
     def plan(self, request: PlanRequest) -> Plan:
         """The plan of a run that has passed the preflight checks.
@@ -33,8 +37,9 @@ class Planner:
         if request.machine:
             machine = named_machine(request.machine)
             return plan(RunFacts.read(request.config, request.trainer, machine, loaded=False))
+        machine = this_machine(beside=self._beside)
         facts = RunFacts.read(
-            request.config, request.trainer, this_machine(), loaded=request.teacher_loaded, disk=self._disk()
+            request.config, request.trainer, machine, loaded=request.teacher_loaded, disk=self._disk()
         )
         return plan(facts, self._calibrations.rates(facts, measure=request.measure))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -463,3 +465,14 @@ def test_an_unknown_machine_is_refused_with_those_there_are(name: str) -> None:
 def test_this_machine_has_the_memory_that_is_free_or_ours() -> None:
     machine: Machine = this_machine()
     assert 0 < machine.usable_bytes <= machine.total_bytes * 1.1
+
+
+def test_what_a_run_beside_holds_is_not_free() -> None:
+    held = 600 << 20
+    command = [sys.executable, "-c", f"held = b'x' * {held}; print(flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        after_it, beside_it = this_machine().usable_bytes, this_machine(beside=1).usable_bytes
+        other.communicate(b"\n")
+    assert after_it - beside_it > held / 2
