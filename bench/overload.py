@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ SMALL, LARGE = (2, 256), (16, 256)  # sequences and their tokens in one call
 PROMPTS, NEW_TOKENS, SMALL_TOKENS = 16, 64, 16
 SENDERS = 64
 SAMPLE_SECONDS = 0.1
-# Until the flood's queue is full.
+# Once the flood has filled the queue.
 SETTLING_SECONDS = 5.0
 
 
@@ -157,18 +158,18 @@ def capacity(client: Client) -> float:
 
 
 class flooded:  # noqa: N801 - used like a function
-    """While inside, another process floods the daemon."""
+    """While inside, another process floods the daemon, and has filled what it may."""
 
     def __init__(self, home: Path, kind: str, rate: float) -> None:
         self._command = [sys.executable, __file__, "--flood", kind, "--rate", str(rate), "--home", str(home)]
 
     def __enter__(self) -> None:
-        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE)
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
+        sys.stdout.write(self._process.communicate(timeout=60)[0])
 
 
 def flood(client: Client, kind: str, rate: float) -> None:
@@ -182,6 +183,10 @@ def flood(client: Client, kind: str, rate: float) -> None:
     threading.Thread(target=wait, daemon=True).start()
     outcomes: Counter[str] = Counter()
 
+    @cache
+    def say_full() -> None:
+        print("full", flush=True)
+
     def send() -> None:
         try:
             if kind == "score":
@@ -191,17 +196,20 @@ def flood(client: Client, kind: str, rate: float) -> None:
                 client.generate(prompts, use_cache=False)
             outcomes["answered"] += 1
         except OpdError as error:
-            outcomes[error.reason] += 1
+            outcomes[error.reason.value] += 1
+            say_full()
 
     # Scores are not waited for, so that what is offered doesn't depend on how fast the answers come.
     pause = LARGE[0] * LARGE[1] / rate if rate else 0.0
-    waited: list[threading.Thread] = []
+    waiting: list[threading.Thread] = []
     while not ended.wait(pause):
         sender = threading.Thread(target=send, daemon=True)
         sender.start()
-        waited = [thread for thread in [*waited, sender] if thread.is_alive()]
-        if kind == "generate" and len(waited) >= SENDERS:
-            waited[0].join()
+        waiting = [thread for thread in [*waiting, sender] if thread.is_alive()]
+        if kind == "generate" and len(waiting) == SENDERS:
+            say_full()
+            while all(thread.is_alive() for thread in waiting) and not ended.wait(SAMPLE_SECONDS):
+                pass
     print(f"flood of {kind}: {dict(outcomes)}", flush=True)
 
 
