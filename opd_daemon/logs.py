@@ -103,6 +103,7 @@ def _begin_anew(_: logging.LogRecord) -> bool:
     descriptor = sys.stderr.fileno()
     if os.fstat(descriptor).st_size > OLD_FILES * FILE_BYTES:
         os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)  # for a service manager that did not open it for appending
     return True
 
 

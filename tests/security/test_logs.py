@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import pytest
@@ -106,13 +106,14 @@ def test_what_a_service_manager_keeps_of_stderr_begins_anew_when_it_is_large(tmp
         "for number in range(1000): logging.info('event %d', number)\n"
     )
 
-    def stderr_size(name: str) -> int:
-        with (tmp_path / name).open("ab") as file:
+    def stderr_size(name: str, mode: Literal["ab", "wb"] = "ab") -> int:
+        with (tmp_path / name).open(mode) as file:
             subprocess.run([sys.executable, "-c", script, str(tmp_path)], stderr=file, check=True, timeout=60)
         assert (tmp_path / name).read_text().endswith("event 999\n")
         return (tmp_path / name).stat().st_size
 
     assert stderr_size(logs.SERVICE_FILE) <= 1000 * logs.OLD_FILES + 100
+    assert stderr_size(logs.SERVICE_FILE, "wb") <= 1000 * logs.OLD_FILES + 100
     assert stderr_size("a person's own.log") > 2000 * logs.OLD_FILES
 
 
