@@ -43,7 +43,7 @@ Settings = Mapping[str, Any]
 
 
 class StubOutlook:
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, beside: int) -> None:
         """Nothing to check or to measure."""
 
     def check(self, *_: object) -> list[FieldViolation]:
