@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -172,6 +173,20 @@ def test_the_local_token_is_never_sent_to_another_machine(daemon_home: Home) -> 
     with pytest.raises(OpdError, match=r"no token for the daemon at daemon\.example:7000") as refused:
         find_endpoint(daemon_home, "daemon.example:7000")
     assert refused.value.reason is Reason.MISSING_TOKEN
+
+
+def test_a_proxy_never_sees_what_stays_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy, socket.create_server(("127.0.0.1", 0)) as daemon:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.setenv("no_proxy", "")
+        proxy.settimeout(0.2)
+        daemon.settimeout(10)
+        with Client(f"127.0.0.1:{daemon.getsockname()[1]}", "secret") as client:
+            asked = grpc.channel_ready_future(client.channel)
+            daemon.accept()[0].close()
+            with pytest.raises(TimeoutError):
+                proxy.accept()
+            asked.cancel()
 
 
 def test_socket_and_discovery_file_are_the_owners_alone(local: LocalDaemon) -> None:
