@@ -43,6 +43,8 @@ class Caller:
             raise OpdError(Reason.OUT_OF_SCOPE, f"this token is for run {self.run_id!r} only", run_id=self.run_id)
 
 
+# Who calls without the token what is open to all.
+STRANGER = Caller()
 caller: ContextVar[Caller] = ContextVar("caller")
 
 
@@ -59,16 +61,20 @@ class Gate:
         Raises:
             OpdError: MISSING_TOKEN, WRONG_TOKEN, or OUT_OF_SCOPE for a worker calling what only clients may.
         """
-        if method.startswith(OPEN_PREFIX):
-            return Caller()
+        if method.startswith(OPEN_PREFIX) and not self._is_owner(authorization):
+            return STRANGER
         if not authorization:
             raise OpdError(Reason.MISSING_TOKEN, "no token: send the header 'authorization: Bearer <token>'")
-        scheme, _, token = authorization.partition(" ")
-        if scheme.lower() == "bearer" and secrets.compare_digest(token.encode(), self._token):
+        if self._is_owner(authorization):
             return Caller()
+        scheme, _, token = authorization.partition(" ")
         run_id = self._run_of_worker_token(token) if scheme.lower() == "bearer" else None
         if run_id is None:
             raise OpdError(Reason.WRONG_TOKEN, "the token is not this daemon's; read it again from its discovery file")
         if method not in WORKER_METHODS:
             raise OpdError(Reason.OUT_OF_SCOPE, "a worker's token does not open this call", run_id=run_id)
         return Caller(run_id)
+
+    def _is_owner(self, authorization: str | None) -> bool:
+        scheme, _, token = (authorization or "").partition(" ")
+        return scheme.lower() == "bearer" and secrets.compare_digest(token.encode(), self._token)

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any, NoReturn
 
 import grpc
@@ -17,17 +17,19 @@ from grpc_status import rpc_status
 from opd_daemon import logs
 from opd_daemon.errors import FieldViolation, OpdError, Reason
 from opd_daemon.home import Home
-from opd_daemon.rpc.access import OPEN_PREFIX, Caller, Gate, caller
+from opd_daemon.rpc.access import STRANGER, Gate, caller
 from opd_daemon.wire.errors import to_status
 from opd_daemon.wire.headers import REQUEST_ID
 from opd_daemon.wire.malformed import first_fault
 
 log = logging.getLogger(__name__)
 
-# Calls without a valid token that are told of, in a second.
+# Refusals of calls without a valid token that are told of, in a second.
 STRANGERS_TOLD = 10
 # Of calls that need no token: messages read at a time, the time one may take, and its size.
 STRANGERS, OPEN_SECONDS, OPEN_BYTES = 4, 5.0, 4096
+# Open at the same time, of calls that need no token and stream.
+STRANGERS_WATCHING = 256
 # What a client says may be anything; no run has a longer name.
 LONGEST_RUN_ID = 128
 
@@ -51,10 +53,28 @@ class Border(grpc.aio.ServerInterceptor):
         self._gate = gate
         self._home = home
         self._strangers_second = self._strangers_told = 0
-        self.strangers = asyncio.Semaphore(STRANGERS)
+        self._watching = 0
+        # Who comes by the unix socket doesn't wait for those who come by the network.
+        self._reading = {local: asyncio.Semaphore(STRANGERS) for local in (True, False)}
+
+    def reading(self, peer: str) -> asyncio.Semaphore:
+        """The places at which messages of strangers are read who come the same way as `peer`."""
+        return self._reading[peer.startswith("unix:")]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While a stranger is streamed to. Raises TOO_MANY_WATCHERS."""
+        if self._watching >= STRANGERS_WATCHING:
+            message = f"{self._watching} calls without a token are streamed to already; end some, or send the token"
+            raise OpdError(Reason.TOO_MANY_WATCHERS, message, watchers=self._watching)
+        self._watching += 1
+        try:
+            yield
+        finally:
+            self._watching -= 1
 
     def tells_of_strangers(self) -> bool:
-        """Whether one more call without a valid token is worth a line: not every one of a flood."""
+        """Whether one more refusal without a valid token is worth a line: not every one of a flood."""
         now = int(time.monotonic())
         if now != self._strangers_second:
             self._strangers_second, self._strangers_told = now, 0
@@ -70,8 +90,8 @@ class Border(grpc.aio.ServerInterceptor):
             return None
         call = _Call(self, self._gate, self._home, handler_call_details, handler)
         encode = handler.response_serializer
-        is_open = handler_call_details.method.startswith(OPEN_PREFIX)
-        if call.fault or is_open:  # as a call of this kind nothing of the request is read by itself: it may be large
+        # As a call of this kind nothing of the request is read by itself: it may be large.
+        if call.fault or call.of_stranger:
             answer = call.refused if call.fault else call.open
             return grpc.stream_stream_rpc_method_handler(answer, None, encode)
         if handler.unary_unary:
@@ -93,12 +113,13 @@ class _Call:
         self._began = time.monotonic()
         self._method = details.method
         self._handler = handler
-        self._caller = Caller()
+        self._caller = STRANGER
         self.fault: OpdError | None = None
         try:
             self._caller = gate.admit(self._method, _header(details))
         except OpdError as fault:
             self.fault = fault
+        self.of_stranger = self._caller is STRANGER
 
     async def refused(self, _: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         self._begin(context)
@@ -110,27 +131,30 @@ class _Call:
         """A call of one request for which nobody needs a token: its message is read in turn, and must be small."""
         try:
             self._begin(context)
-            data = await self._first(requests)
+            data = await self._first(requests, self._border.reading(context.peer()))
         except BaseException as error:  # noqa: BLE001 - nothing unmapped may pass
             await self._refuse(error, context)
         if self._handler.unary_unary:
             yield await self.unary_unary(data, context)
             return
-        async with aclosing(_iterated(self.unary_stream(data, context))) as responses:
-            async for response in responses:
-                yield response
+        try:
+            with self._border.watching():
+                async with aclosing(_iterated(self.unary_stream(data, context))) as responses:
+                    async for response in responses:
+                        yield response
+        except OpdError as full:
+            await self._refuse(full, context)
 
-    async def _first(self, requests: AsyncIterator[bytes]) -> bytes:
-        async with self._border.strangers:
-            try:
-                async with asyncio.timeout(OPEN_SECONDS):
-                    data = await anext(aiter(requests), b"")
-            except TimeoutError:
-                text = f"the request didn't come within {OPEN_SECONDS:.0f} s"
-                raise OpdError(Reason.DEADLINE_EXCEEDED, text) from None
-            if len(data) > OPEN_BYTES:
-                raise OpdError(Reason.INVALID_REQUEST, f"a request of {len(data)} bytes; send at most {OPEN_BYTES}")
-            return data
+    async def _first(self, requests: AsyncIterator[bytes], places: asyncio.Semaphore) -> bytes:
+        try:
+            async with asyncio.timeout(OPEN_SECONDS), places:
+                data = await anext(aiter(requests), b"")
+        except TimeoutError:
+            text = f"the request didn't come within {OPEN_SECONDS:.0f} s, or others were read first; send it again"
+            raise OpdError(Reason.DEADLINE_EXCEEDED, text) from None
+        if len(data) > OPEN_BYTES:
+            raise OpdError(Reason.INVALID_REQUEST, f"a request of {len(data)} bytes; send at most {OPEN_BYTES}")
+        return data
 
     async def unary_unary(self, data: bytes, context: Context) -> Any:
         try:
@@ -216,8 +240,7 @@ class _Call:
             log.error("%s failed", self._method, exc_info=error)
             message = f"internal error; the daemon's log has the details of request {self._id}"
             error = OpdError(Reason.INTERNAL, message, request_id=self._id)
-        stranger = error.reason in (Reason.MISSING_TOKEN, Reason.WRONG_TOKEN)
-        level = logging.DEBUG if stranger and not self._border.tells_of_strangers() else logging.INFO
+        level = logging.DEBUG if self.of_stranger and not self._border.tells_of_strangers() else logging.INFO
         self._tell(error.code, level, reason=error.reason)
         status = rpc_status.to_status(to_status(without_home(error, self._home)))
         trailing = (*(status.trailing_metadata or ()), (REQUEST_ID, self._id))

@@ -40,6 +40,8 @@ def handler(style: str, act: Act) -> Any:
         return pb.GetRunResponse()
 
     async def stream(request: Any, context: Any) -> AsyncIterator[pb.GetRunResponse]:
+        if style.startswith("stream"):
+            [message async for message in request]
         yield pb.GetRunResponse()
         act()
 
@@ -51,10 +53,16 @@ def handler(style: str, act: Act) -> Any:
     )
 
 
+def new_border() -> Border:
+    return Border(Gate(TOKEN, lambda _: None), Home(Path("home")))
+
+
 @asynccontextmanager
-async def serving(**methods: Any) -> AsyncIterator[str]:
+async def serving(border: Border | None = None, socket: Path | None = None, **methods: Any) -> AsyncIterator[str]:
     """The address of a server behind the border with these handlers."""
-    server = grpc.aio.server(interceptors=[Border(Gate(TOKEN, lambda _: None), Home(Path("home")))])
+    server = grpc.aio.server(interceptors=[border or new_border()])
+    if socket:
+        server.add_insecure_port(f"unix:{socket}")
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -156,12 +164,73 @@ async def test_what_needs_no_token_takes_little_memory() -> None:
             assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_flood_without_a_token_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+@asynchronous
+async def test_silent_strangers_hold_up_nobody_but_strangers(tmp_path: Path) -> None:
+    border, socket = new_border(), tmp_path / "s"
+    over = asyncio.Event()
+
+    async def nothing() -> AsyncIterator[bytes]:
+        await over.wait()
+        yield b""
+
+    async def full() -> bool:
+        return border.reading("ipv4:127.0.0.1:1").locked()
+
+    async with (
+        serving(border, socket) as address,
+        grpc.aio.insecure_channel(address) as channel,
+        grpc.aio.insecure_channel(f"unix:{socket}") as local,
+    ):
+        check = channel.stream_stream("/grpc.health.v1.Health/Check")
+        silent = [asyncio.ensure_future(check(nothing()).read()) for _ in range(2 * interceptor.STRANGERS)]
+        await until(full, seconds=5)
+        request = health_pb2.HealthCheckRequest()
+        for answer in (
+            health_pb2_grpc.HealthStub(channel).Check(request, metadata=HEADERS, timeout=1),
+            health_pb2_grpc.HealthStub(local).Check(request, timeout=1),
+        ):
+            assert (await answer).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.aio.AioRpcError, match=r"(?i)deadline"):
+            await health_pb2_grpc.HealthStub(channel).Check(request, timeout=0.3)
+        over.set()
+        await asyncio.gather(*silent, return_exceptions=True)
+
+
+@asynchronous
+async def test_few_strangers_watch_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interceptor, "STRANGERS_WATCHING", 2)
+    async with serving() as address, grpc.aio.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watched = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
+        for watch in watched:
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.aio.AioRpcError, match="send the token") as refused:
+            await anext(aiter(stub.Watch(health_pb2.HealthCheckRequest())))
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        owner = stub.Watch(health_pb2.HealthCheckRequest(), metadata=HEADERS)
+        assert (await owner.read()).status == health_pb2.HealthCheckResponse.SERVING
+        watched[0].cancel()
+
+        async def let_in() -> bool:
+            try:
+                return bool(await anext(aiter(stub.Watch(health_pb2.HealthCheckRequest()))))
+            except grpc.aio.AioRpcError:
+                return False
+
+        await until(let_in, seconds=5)
+
+
+@pytest.mark.parametrize("method", [f"/{SERVICE}/Get", "/grpc.health.v1.Health/Check"])
+def test_a_flood_without_a_token_fills_no_log(caplog: pytest.LogCaptureFixture, method: str) -> None:
     @asynchronous
     async def scenario() -> None:
-        async with serving(Get=handler("unary_unary", lambda: None)) as address:
+        async with (
+            serving(Get=handler("unary_unary", lambda: None)) as address,
+            grpc.aio.insecure_channel(address) as channel,
+        ):
             for _ in range(80):
-                await refusal(address, "Get", "unary_unary", b"", ())
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await channel.unary_unary(method)(b"\xff")
 
     with caplog.at_level(logging.INFO, interceptor.__name__):
         scenario()
