@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_daemon.errors import FieldViolation, OpdError, Reason
+from opd_daemon.imports import importing
 from opd_daemon.paths import open_plain
 
 if TYPE_CHECKING:
@@ -248,9 +249,10 @@ SAME_AS_STUDENT = TeacherReader()
 
 def load_tokenizer(folder: Path) -> Any:
     """A model folder's tokenizer with its chat template, loaded without MLX. Raises what transformers does."""
-    from transformers import AutoTokenizer
+    with importing:
+        from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def tokenise(

@@ -14,13 +14,15 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from opd_daemon.imports import importing
+
 WIRING_MODULES = ("mlx_lm.utils", "mlx_lm.generate")
 
 
 @cache
 def module(name: str) -> ModuleType:
     """The module `mlx_lm.<name>`."""
-    with _file_limit_kept():
+    with importing, _file_limit_kept():
         found = importlib.import_module(f"mlx_lm.{name}")
         for wiring in WIRING_MODULES:
             patched = importlib.import_module(wiring)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_daemon.errors import invalid
+from opd_daemon.imports import importing
 from opd_daemon.teacher import mlxlm
 from opd_daemon.teacher.folder import load_failed
 
@@ -19,7 +20,8 @@ class TextTokenizer:
     def __init__(self, path: Path, name: str) -> None:
         """Load it. Raises TEACHER_LOAD_FAILED when its files can't be used without running the model's own code."""
         try:
-            self._tokenizer: Any = mlxlm.module("utils").load_tokenizer(path, {"trust_remote_code": False})
+            with importing:
+                self._tokenizer: Any = mlxlm.module("utils").load_tokenizer(path, {"trust_remote_code": False})
             self._tokenizer.encode("")
         except Exception as error:  # third-party loaders may raise anything over a folder's files
             raise load_failed(name, f"its tokenizer can't be loaded ({' '.join(str(error).split())[:200]})") from error
