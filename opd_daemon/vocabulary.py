@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opd_daemon.errors import OpdError, Reason
+from opd_daemon.imports import importing
 
 SHOWN_DISAGREEMENTS = 5
 OTHER_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
@@ -48,20 +49,21 @@ def ids_below(ids: Iterable[int], size: int) -> tuple[int, ...]:
     return tuple(index for index in ids if index < size)
 
 
-def load_vocabulary(path: Path) -> dict[int, str]:
+def load_vocabulary(path: Path, called: str = "") -> dict[int, str]:
     """Token of every id of the tokenizer in the model folder `path`, added and special tokens included.
 
-    Raises MODEL_NOT_FOUND when the folder has no tokenizer that can be read.
+    called: what a client calls the folder. Raises MODEL_NOT_FOUND when it has no tokenizer that can be read.
     """
+    called = called or str(path)
     file = path / "tokenizer.json"
     if not file.is_file():
-        return _load_with_transformers(path)
+        return _load_with_transformers(path, called)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         vocabulary = _model_tokens(content["model"]["vocab"])
         vocabulary.update({int(token["id"]): str(token["content"]) for token in content.get("added_tokens", ())})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _unreadable(path, "tokenizer.json is broken") from error
+        raise _unreadable(called, "tokenizer.json is broken") from error
     return vocabulary
 
 
@@ -89,23 +91,24 @@ def _model_tokens(vocab: Any) -> dict[int, str]:
     return {int(index): str(token) for token, index in vocab.items()}
 
 
-def _load_with_transformers(path: Path) -> dict[int, str]:
+def _load_with_transformers(path: Path, called: str) -> dict[int, str]:
     # Without any file transformers would make up an empty tokenizer.
     if not any(any(path.glob(pattern)) for pattern in OTHER_TOKENIZER_FILES):
-        raise _unreadable(path, "it holds no tokenizer.json or other tokenizer file")
-    from transformers import AutoTokenizer
-
+        raise _unreadable(called, "it holds no tokenizer.json or other tokenizer file")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with importing:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        raise _unreadable(path, "its tokenizer files can't be read") from error
+        raise _unreadable(called, "its tokenizer files can't be read") from error
     return {int(index): str(token) for token, index in tokenizer.get_vocab().items()}
 
 
-def _unreadable(path: Path, cause: str) -> OpdError:
+def _unreadable(called: str, cause: str) -> OpdError:
     return OpdError(
         Reason.MODEL_NOT_FOUND,
-        f"no tokenizer in {path}: {cause}; copy the tokenizer files of the model into the folder",
-        path=path,
+        f"no tokenizer in {called}: {cause}; copy the tokenizer files of the model into the folder",
+        path=called,
         cause=cause,
     )

@@ -71,3 +71,13 @@ def test_qwen3_is_qwen2_5_plus_four_tokens(qwen3_tokenizer: Path, qwen25_tokeniz
         "<think>",
         "</think>",
     ]
+
+
+def test_a_folder_without_a_tokenizer_is_called_what_its_client_calls_it(tmp_path: Path) -> None:
+    with pytest.raises(OpdError, match="no tokenizer in ~/teacher: it holds no") as missing:
+        load_vocabulary(tmp_path, "~/teacher")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(OpdError, match="no tokenizer in ~/teacher: tokenizer.json is broken") as broken:
+        load_vocabulary(tmp_path, "~/teacher")
+    for error in (missing.value, broken.value):
+        assert error.metadata["path"] == "~/teacher"

@@ -88,7 +88,7 @@ class Loader:
         await loop.run_in_executor(self._files, hit, "teacher.load")
         folder = await loop.run_in_executor(self._files, open_folder, model)
         await asyncio.wrap_future(self._engine.submit(partial(check_architecture, folder)))
-        vocab_size, tokenizer_digest = await loop.run_in_executor(self._files, _vocabulary, folder.path)
+        vocab_size, tokenizer_digest = await loop.run_in_executor(self._files, _vocabulary, folder.path, model)
         hashing = Progress("hashing", report)
         digest = await loop.run_in_executor(self._files, self._digests.digest, folder, hashing.reach)
         present = self.resident
@@ -103,8 +103,8 @@ class Loader:
         return Resident(info, tokenizer)
 
 
-def _vocabulary(path: Path) -> tuple[int, str]:
-    vocabulary = load_vocabulary(path)
+def _vocabulary(path: Path, called: str) -> tuple[int, str]:
+    vocabulary = load_vocabulary(path, called)
     return max(vocabulary) + 1, vocabulary_digest(vocabulary)
 
 
