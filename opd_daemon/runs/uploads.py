@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Uploads:
         self._most_bytes = most_bytes
         self._most_bytes_of_all = most_bytes_of_all
         self._turn = asyncio.Semaphore(AT_A_TIME)
+        self._keeping = threading.Lock()
 
     def remove_partial(self) -> None:
         """Remove what uploads left that a killed daemon did not finish. Only while none is under way; blocks."""
@@ -83,9 +85,7 @@ class Uploads:
             if size > self._most_bytes:
                 raise invalid("data", f"more than {self._most_bytes} bytes; send the rows that are used")
             if size > room:
-                message = f"all uploads together would take more than {self._most_bytes_of_all} bytes"
-                cure = "delete some from the folder 'uploads' in the daemon's home"
-                raise OpdError(Reason.DISK_FULL, f"{message}; {cure}", limit_bytes=self._most_bytes_of_all)
+                raise self._no_room()
             digest.update(piece.data)
             await asyncio.to_thread(_write_all, file, piece.data)
         if expected and expected != digest.hexdigest():
@@ -107,9 +107,18 @@ class Uploads:
 
     def _keep(self, path: Path, digest: str, size: int) -> Upload:
         kept = self._folder / f"{digest}.jsonl"
-        path.replace(kept)
+        with self._keeping:
+            # Others that came at the same time may have taken the room there was at the beginning.
+            if not kept.exists() and self._taken() > self._most_bytes_of_all:
+                raise self._no_room()
+            path.replace(kept)
         sync_folder(self._folder)
         return Upload(kept, digest, size)
+
+    def _no_room(self) -> OpdError:
+        message = f"all uploads together would take more than {self._most_bytes_of_all} bytes"
+        cure = "delete some from the folder 'uploads' in the daemon's home"
+        return OpdError(Reason.DISK_FULL, f"{message}; {cure}", limit_bytes=self._most_bytes_of_all)
 
     def _taken(self) -> int:
         with os.scandir(self._folder) as entries:

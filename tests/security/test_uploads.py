@@ -90,6 +90,23 @@ async def test_what_can_not_be_kept_leaves_nothing(tmp_path: Path, monkeypatch: 
 
 
 @asynchronous
+async def test_uploads_at_the_same_time_have_room_together(tmp_path: Path) -> None:
+    uploads = Uploads(tmp_path, most_bytes=1000, most_bytes_of_all=2500)
+    began = asyncio.Barrier(4)
+
+    async def slow(name: bytes) -> AsyncIterator[UploadPiece]:
+        yield UploadPiece(name)
+        await began.wait()  # by now each has looked for room
+        yield UploadPiece(999 * name)
+
+    coming = [uploads.receive(slow(name)) for name in (b"a", b"b", b"c", b"d")]
+    found = await asyncio.gather(*coming, return_exceptions=True)
+    assert {fault.reason for fault in found if isinstance(fault, OpdError)} == {Reason.DISK_FULL}
+    assert len(names(tmp_path)) <= 2
+    await uploads.receive(pieces(b"e" * 500))
+
+
+@asynchronous
 async def test_a_stream_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
     uploads = Uploads(tmp_path)
     begun = asyncio.Event()
