@@ -17,7 +17,7 @@ from opd_daemon.rpc.access import caller
 from opd_daemon.rpc.interceptor import Context
 from opd_daemon.teacher.service import TeacherService
 from opd_daemon.teacher.tokenizer import TextTokenizer
-from opd_daemon.teacher.validation import check_count, check_ids
+from opd_daemon.teacher.validation import MOST_TEMPERATURES, check_count, check_few, check_ids, check_length
 from opd_daemon.textstream import TextStream
 from opd_daemon.types import GeneratedToken, ScoreRequest, TeacherInfo
 from opd_daemon.v1 import teacher_pb2 as pb
@@ -74,8 +74,9 @@ class Answers:
         info = self._teacher.meant(request.expected_teacher_digest, request.expected_tokenizer_digest)
         check_count("prompts", len(request.prompts))
         tokenizer = await self._teacher.tokenizer(info)
+        _require_few_ids(request, info)
         ids = [
-            await self._token_ids(entry.tokens, f"prompts[{index}].tokens", info)
+            await self._fitting_ids(entry.tokens, f"prompts[{index}].tokens", info)
             for index, entry in enumerate(request.prompts)
         ]
         requests = [wire.prompt_from_proto(entry, ids[index].tolist()) for index, entry in enumerate(request.prompts)]
@@ -118,11 +119,13 @@ class Answers:
         return pb.TokenizeResponse(token_ids=pb.TokenIds(ids=wire.pack(ids)), text=text, identity=_identity(info))
 
     async def _score_requests(self, request: pb.ComputeLogprobsRequest, info: TeacherInfo) -> list[ScoreRequest]:
+        check_few("masked_token_ids", len(request.masked_token_ids), info.padded_vocab_size)
+        check_few("outputs.log_z_temperatures", len(request.outputs.log_z_temperatures), MOST_TEMPERATURES)
         wants = wire.outputs_from_proto(request.outputs)
         masked = tuple(request.masked_token_ids)
         return [
             ScoreRequest(
-                token_ids=await self._token_ids(entry.tokens, f"sequences[{index}].tokens", info),
+                token_ids=await self._fitting_ids(entry.tokens, f"sequences[{index}].tokens", info),
                 score_from=entry.score_from or 1,
                 wants=wants,
                 candidate_ids=wire.candidates_from_proto(entry, f"sequences[{index}]"),
@@ -130,6 +133,12 @@ class Answers:
             )
             for index, entry in enumerate(request.sequences)
         ]
+
+    async def _fitting_ids(self, tokens: pb.TokenInput, name: str, info: TeacherInfo) -> npt.NDArray[np.int32]:
+        """As `_token_ids`, where the teacher takes so many."""
+        ids = await self._token_ids(tokens, name, info)
+        check_length(f"{name}.{tokens.WhichOneof('input')}", len(ids), info)
+        return ids
 
     async def _token_ids(self, tokens: pb.TokenInput, name: str, info: TeacherInfo) -> npt.NDArray[np.int32]:
         match tokens.WhichOneof("input"):
@@ -177,6 +186,16 @@ def _pieces(prompts: Sequence[pb.TokenIds]) -> Iterator[list[pb.TokenIds]]:
         piece.append(prompt)
         size += prompt.ByteSize()
     yield piece
+
+
+def _require_few_ids(request: pb.GenerateRequest, info: TeacherInfo) -> None:
+    """Of those that go with the prompts: for each as many as there are tokens, and together what a text may have."""
+    together = 0
+    for index, prompt in enumerate(request.prompts):
+        for name, ids in (("stop_token_ids", prompt.stop_token_ids), ("masked_token_ids", prompt.masked_token_ids)):
+            check_few(f"prompts[{index}].{name}", len(ids), info.padded_vocab_size)
+            together += len(ids)
+    check_few("prompts", together, MOST_IDS)
 
 
 def _require_short(characters: int, name: str) -> None:

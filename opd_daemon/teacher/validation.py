@@ -24,7 +24,7 @@ def check_scores(requests: Sequence[ScoreRequest], info: TeacherInfo) -> None:
     faults = [fault for index, request in enumerate(requests) for fault in _score_faults(index, request, info)]
     # One object for all the sequences of a call, which may hold millions of ids.
     for masked in {id(request.masked_token_ids): request.masked_token_ids for request in requests}.values():
-        faults += _masked_faults(masked, info)
+        faults += _masked_faults("masked_token_ids", masked, info)
     if not requests:
         faults.append(FieldViolation("sequences", "empty; send at least one sequence"))
     _raise(faults)
@@ -35,6 +35,8 @@ def check_scores(requests: Sequence[ScoreRequest], info: TeacherInfo) -> None:
 def check_generations(requests: Sequence[GenerateRequest], info: TeacherInfo) -> None:
     """Raise INVALID_REQUEST naming every fault."""
     faults = [fault for index, request in enumerate(requests) for fault in _generation_faults(index, request, info)]
+    for index, request in enumerate(requests):
+        faults += _masked_faults(f"prompts[{index}].masked_token_ids", request.masked_token_ids, info)
     if not requests:
         faults.append(FieldViolation("prompts", "empty; send at least one prompt"))
     _raise(faults)
@@ -46,6 +48,18 @@ def check_count(field: str, count: int) -> None:
         raise violations_error([FieldViolation(field, "none given; send at least one")])
     if count > MOST_SEQUENCES:
         raise violations_error([FieldViolation(field, f"{count} of them; send at most {MOST_SEQUENCES} in one call")])
+
+
+def check_few(field: str, count: int, most: int) -> None:
+    """Raise INVALID_REQUEST for a list so long that looking at what is in it would hold up everybody else."""
+    if count > most:
+        raise violations_error([FieldViolation(field, f"{count} of them; send at most {most}")])
+
+
+def check_length(field: str, tokens: int, info: TeacherInfo) -> None:
+    """Raise INVALID_REQUEST for more tokens than the teacher takes."""
+    if tokens > info.max_context:
+        raise violations_error([_too_long(field, tokens, info)])
 
 
 def check_ids(path: str, ids: Int32, info: TeacherInfo) -> None:
@@ -68,9 +82,7 @@ def _score_faults(index: int, request: ScoreRequest, info: TeacherInfo) -> Itera
     size = len(request.token_ids)
     yield from _ids_faults(f"{path}.tokens.token_ids", request.token_ids, info, least=2)
     if size > info.max_context:
-        yield FieldViolation(
-            f"{path}.tokens.token_ids", f"{size} tokens; {info.name} takes at most {info.max_context}; send fewer"
-        )
+        yield _too_long(f"{path}.tokens.token_ids", size, info)
     if size > 1 and not 1 <= request.score_from < size:
         yield FieldViolation(f"{path}.score_from", f"{request.score_from}; must be between 1 and {size - 1}")
     elif request.candidate_ids is not None and size > 1:
@@ -78,15 +90,22 @@ def _score_faults(index: int, request: ScoreRequest, info: TeacherInfo) -> Itera
     yield from _wants_faults(request.wants, request.candidate_ids is not None, info)
 
 
-def _masked_faults(masked: Sequence[int], info: TeacherInfo) -> Iterator[FieldViolation]:
-    yield from _ids_faults("masked_token_ids", masked, info, least=0)
+def _too_long(path: str, size: int, info: TeacherInfo) -> FieldViolation:
+    return FieldViolation(path, f"{size} tokens; {info.name} takes at most {info.max_context}; send fewer")
+
+
+def _masked_faults(path: str, masked: Sequence[int], info: TeacherInfo) -> Iterator[FieldViolation]:
+    yield from _ids_faults(path, masked, info, least=0)
     if len(set(masked)) >= info.vocab_size:
-        yield FieldViolation("masked_token_ids", "masks the whole vocabulary")
+        yield FieldViolation(path, "masks the whole vocabulary")
 
 
 def _candidate_faults(path: str, candidates: Int32, rows: int, info: TeacherInfo) -> Iterator[FieldViolation]:
     if candidates.ndim != 2 or candidates.shape[0] != rows or candidates.shape[1] < 1:
         yield FieldViolation(path, f"shape {candidates.shape}; must be ({rows}, at least 1)")
+        return
+    if candidates.shape[1] > info.vocab_size:
+        yield FieldViolation(path, f"{candidates.shape[1]} in a row; {info.name} has {info.vocab_size} tokens")
         return
     low, high = int(candidates.min()), int(candidates.max())
     if low < -1 or high >= info.vocab_size:
@@ -112,7 +131,6 @@ def _generation_faults(index: int, request: GenerateRequest, info: TeacherInfo) 
     path = f"prompts[{index}]"
     yield from _ids_faults(f"{path}.tokens.token_ids", request.prompt_ids, info, least=1)
     yield from _ids_faults(f"{path}.stop_token_ids", request.stop_token_ids, info, least=0)
-    yield from _ids_faults(f"{path}.masked_token_ids", request.masked_token_ids, info, least=0)
     if request.max_tokens < 1:
         yield FieldViolation(f"{path}.max_tokens", f"{request.max_tokens}; must be at least 1")
     elif len(request.prompt_ids) + request.max_tokens > info.max_context:
