@@ -54,6 +54,10 @@ class GenerationItem:
     deliver: Callable[[GeneratedToken | OpdError], None]
     cancelled: bool = False
     milliseconds: float = 0.0
+    stops: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stops = frozenset(self.request.stop_token_ids)
 
     @property
     def tokens(self) -> int:
@@ -77,14 +81,15 @@ class Budget:
 class Places:
     """Sequences decoded at once: `most`, of any one client `alone`, or `contended` while several want the teacher.
 
-    prefilled: prompts computed at once; contended_tokens: as many of theirs while several clients want the teacher,
-    but for one prompt of each, which is computed in pieces.
+    prefilled: prompts computed at once, and of any one client; contended_tokens: as many of theirs while several
+    clients want the teacher, but for one prompt of each, which is computed in pieces.
     """
 
     most: int
     alone: int
     contended: int
     prefilled: int
+    prefilled_of_one: int
     contended_tokens: int
 
 
@@ -99,9 +104,12 @@ def next_batch(queue: FairQueue[ScoreItem], budget: Budget, *, shares: bool) -> 
     come together. Else they are of about one length, as they are padded to it.
     """
     items = list(islice(queue.in_turn(), SCANNED_ITEMS))
-    items = [item for item in items if item.together is items[0].together]
+    apart = items[0].together if items else None
+    if apart is not None:
+        items = queue.items_of(items[0].client)  # whoever else waits
+    items = [item for item in items if item.together is apart]
     tokens = budget.alone
-    if items and items[0].together is None and len(queue.clients) > 1:
+    if items and apart is None and len(queue.clients) > 1:
         own = items[0].client
         tokens = budget.small if queue.tokens_of(own) <= budget.small else budget.contended
         items = [item for item in items if item.client == own or queue.tokens_of(item.client) <= tokens]
@@ -113,6 +121,8 @@ def joining(
     decoding: Collection[GenerationItem],
     prefilling: Collection[GenerationItem],
     places: Places,
+    *,
+    contended: bool,
 ) -> list[GenerationItem]:
     """Waiting prompts that may join those `decoding`, in turn; `prefilling` are the ones of them without a token yet.
 
@@ -121,7 +131,6 @@ def joining(
     """
     held = Counter(item.client for item in decoding)
     reading = Counter(item.client for item in prefilling)
-    contended = len(queue.clients | held.keys()) > 1
     of_one = places.contended if contended else places.alone
     tokens = sum(len(item.request.prompt_ids) for item in prefilling)
     room = min(places.most - held.total(), places.prefilled - reading.total())
@@ -131,7 +140,7 @@ def joining(
             break
         size = len(item.request.prompt_ids)
         too_long = contended and reading[item.client] and tokens + size > places.contended_tokens
-        if held[item.client] < of_one and not too_long:
+        if held[item.client] < of_one and reading[item.client] < places.prefilled_of_one and not too_long:
             held[item.client] += 1
             reading[item.client] += 1
             tokens += size
@@ -185,6 +194,12 @@ class RunningBatch:
     items: list[ScoreItem]
     work: Generator[None, None, list[Scores | OpdError]]
     seconds: float = field(default=0.0)
+    pieces: int = field(default=0)
+
+    @property
+    def clients(self) -> set[str]:
+        """Whose it is."""
+        return {item.client for item in self.items}
 
     @property
     def abandoned(self) -> bool:

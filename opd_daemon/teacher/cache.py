@@ -43,6 +43,7 @@ class TeacherCache:
         self._folder = folder
         self._lock = threading.Lock()
         self._sizes: OrderedDict[str, int] = OrderedDict()
+        self._bytes = 0
         # Entries on their way to the disk, so that what was just computed is found again at once.
         self._unwritten: dict[str, Entry] = {}
         self._stats = CacheStats(limit_bytes=limit_bytes)
@@ -60,6 +61,7 @@ class TeacherCache:
                 found.append((stat.st_mtime_ns, file.name, stat.st_size))
         with self._lock:
             self._sizes = OrderedDict((name, size) for _, name, size in sorted(found))
+            self._bytes = sum(self._sizes.values())
         self._evict(self._stats.limit_bytes)
 
     def close(self) -> None:
@@ -69,6 +71,11 @@ class TeacherCache:
     def __contains__(self, address: str) -> bool:
         with self._lock:
             return address in self._sizes or address in self._unwritten
+
+    def size(self, address: str) -> int:
+        """Bytes of an entry on disk; 0 for one that isn't there, or not yet."""
+        with self._lock:
+            return self._sizes.get(address, 0)
 
     def count_misses(self, count: int) -> None:
         """Count addresses that were looked for and not found in here."""
@@ -109,19 +116,22 @@ class TeacherCache:
     def stats(self) -> CacheStats:
         """Look-ups since the daemon started, and what is on disk."""
         with self._lock:
-            return replace(self._stats, entries=len(self._sizes), bytes=sum(self._sizes.values()))
+            return replace(self._stats, entries=len(self._sizes), bytes=self._bytes)
 
     def _evict(self, max_bytes: int) -> None:
         removed = []
         with self._lock:
-            total = sum(self._sizes.values())
-            while self._sizes and total > max_bytes:
-                address, size = self._sizes.popitem(last=False)
-                total -= size
+            while self._sizes and self._bytes > max_bytes:
+                address = next(iter(self._sizes))
+                self._forget(address)
                 removed.append(address)
         for address in removed:
             self._path(address).unlink(missing_ok=True)
         self._count(evicted=len(removed))
+
+    def _forget(self, address: str) -> None:
+        """With the lock held."""
+        self._bytes -= self._sizes.pop(address, 0)
 
     def _path(self, address: str) -> Path:
         return self._folder / address[:2] / address
@@ -131,7 +141,7 @@ class TeacherCache:
             content = self._path(address).read_bytes()
         except OSError:
             with self._lock:
-                self._sizes.pop(address, None)
+                self._forget(address)
             return None
         payload = content[HEADER_BYTES:]
         if content[: len(MAGIC)] != MAGIC:
@@ -164,8 +174,9 @@ class TeacherCache:
             return
         self._writable = True
         with self._lock:
+            self._forget(address)
             self._sizes[address] = HEADER_BYTES + len(payload)
-            self._sizes.move_to_end(address)
+            self._bytes += self._sizes[address]
             self._unwritten.pop(address, None)
         self._evict(self._stats.limit_bytes)
 
@@ -182,7 +193,7 @@ class TeacherCache:
     def _discard_corrupt(self, address: str, error: Exception) -> None:
         logger.warning("teacher cache: entry %s is corrupt (%s); deleted, it will be computed again", address, error)
         with self._lock:
-            self._sizes.pop(address, None)
+            self._forget(address)
             self._unwritten.pop(address, None)
         self._path(address).unlink(missing_ok=True)
         self._count(corrupt=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,8 @@ from opd_daemon.teacher.payload import (
 )
 from opd_daemon.types import CachedScores, GeneratedToken, GenerateRequest, ScoreRequest, Scores, TeacherInfo
 
-ENTRIES_AT_ONCE = 16
+# Read from the cache together, in turns with other calls: entries, and their bytes unless one is larger.
+ENTRIES_AT_ONCE, ENTRY_BYTES_AT_ONCE = 16, 8 << 20
 # Scores of one call that may wait for its reader: enough for several forward passes of a large model.
 BYTES_AHEAD = 64 << 20
 
@@ -89,11 +90,23 @@ class Lookup(Generic[Request, Answer]):
     async def read(self) -> AsyncGenerator[tuple[int, tuple[Answer, float] | None], None]:
         """The stored answers with the milliseconds they save; None where an entry was no good after all."""
         loop = asyncio.get_running_loop()
-        for start in range(0, len(self.stored), ENTRIES_AT_ONCE):
-            group = self.stored[start : start + ENTRIES_AT_ONCE]
+        for group in self._groups():
             found = await loop.run_in_executor(self._desk.files, self._read, group)
             for index, hit in zip(group, found, strict=True):
                 yield index, hit
+
+    def _groups(self) -> Iterator[list[int]]:
+        group: list[int] = []
+        size = 0
+        for index in self.stored:
+            entry = self._desk.cache.size(self.addresses[index])
+            if group and (len(group) == ENTRIES_AT_ONCE or size + entry > ENTRY_BYTES_AT_ONCE):
+                yield group
+                group, size = [], 0
+            group.append(index)
+            size += entry
+        if group:
+            yield group
 
     def _read(self, indices: Sequence[int]) -> list[tuple[Answer, float] | None]:
         return [self._read_one(index) for index in indices]
@@ -240,7 +253,8 @@ class Completions:
             index, token = await self._mailbox.get()
             if isinstance(token, OpdError):
                 raise token
-            self._tokens.setdefault(index, []).append(token)
+            if self._addresses[index]:
+                self._tokens.setdefault(index, []).append(token)
             if token.finish_reason:
                 self._keep(index, self._running.pop(index))
             yield index, token
@@ -254,7 +268,7 @@ class Completions:
 
     def _keep(self, index: int, item: GenerationItem) -> None:
         if self._addresses[index]:
-            self._desk.cache.write(self._addresses[index], tokens_entry(self._tokens[index], item.milliseconds))
+            self._desk.cache.write(self._addresses[index], tokens_entry(self._tokens.pop(index), item.milliseconds))
 
 
 async def completions(

@@ -49,7 +49,7 @@ class Engine:
         self._scores: FairQueue[ScoreItem] = FairQueue()
         self._generations: FairQueue[GenerationItem] = FairQueue()
         self._alone: deque[ScoreItem] = deque()
-        self._batch: RunningBatch | None = None
+        self._batches: list[RunningBatch] = []
         self._generation: Generation | None = None
         self._loaded: LoadedModel | None = None
         self._digest = ""
@@ -161,11 +161,18 @@ class Engine:
             self._wake.notify()
 
     def _require_room(self, client: str, tokens: int) -> None:
-        """Refuse work that would make the queue too long, unless it is little of a client that has little there."""
+        """Refuse work that would make the queue too long, but for a share of it, which every client has of its own.
+
+        Who has nothing there may bring more than a share at once: a call is taken whole, or never would be.
+        """
         waiting, limit = self.queued_tokens, self._max_queue_tokens
-        own = self._scores.tokens_of(client) + self._generations.tokens_of(client)
-        within_share = own + tokens <= limit // SHARES and waiting + tokens <= 2 * limit
-        if not waiting or waiting + tokens <= limit or within_share:
+        if waiting + tokens <= limit:
+            return
+        share = limit // SHARES
+        held = self._scores.tokens_by_client() + self._generations.tokens_by_client()
+        own = held.pop(client, 0)
+        taken = sum(min(share, size) for size in held.values())
+        if (not own or own + tokens <= share) and taken + min(share, own + tokens) <= limit:
             return
         seconds = self._pace.seconds(waiting + tokens - limit)
         raise OpdError(
@@ -205,7 +212,7 @@ class Engine:
             while not self._closing:
                 if self._jobs:
                     return partial(_resolve, *self._jobs.popleft())
-                scoring = bool(self._batch or self._alone or self._scores)
+                scoring = bool(self._batches or self._alone or self._scores)
                 generating = bool(self._generation or self._generations)
                 if not (scoring and generating):
                     self._scoring_seconds = self._generating_seconds = 0.0
@@ -218,18 +225,21 @@ class Engine:
 
     def _score_piece(self) -> None:
         started = time.perf_counter()
-        batch = self._batch = self._batch or self._start_batch()
-        if batch is None:
+        if self._lets_others_before() and (begun := self._start_batch()):
+            self._batches.append(begun)
+        if not self._batches:
             return
+        batch = self._batches[-1]
         if batch.abandoned:
-            self._batch = None
+            self._end_of(batch)
             _refuse_expired(batch.items)
             return
         try:
             next(batch.work)
+            batch.pieces += 1
             batch.seconds += time.perf_counter() - started
         except StopIteration as end:
-            self._batch = None
+            self._end_of(batch)
             batch.seconds += time.perf_counter() - started
             tokens = sum(item.tokens for item in batch.items)
             self._pace.measured(tokens, batch.seconds)
@@ -237,9 +247,33 @@ class Engine:
             for item, result, share in zip(batch.items, end.value, batch.shares(), strict=True):
                 item.deliver(result, share)
         except Exception as error:  # noqa: BLE001 - one batch fails, the engine goes on
-            self._batch = None
+            self._end_of(batch)
             self._fail_batch(batch.items, error)
         self._scoring_seconds += time.perf_counter() - started
+
+    def _lets_others_before(self) -> bool:
+        """Whether a batch is to be started now: the only one, or a small one of another client, between two pieces.
+
+        Then at least one piece of the batch under way comes before the next that goes before it.
+        """
+        if not self._batches:
+            return True
+        (under_way, *others) = self._batches
+        if others or not under_way.pieces:
+            return False
+        with self._wake:
+            due = next(self._scores.in_turn(), None)
+            return (
+                due is not None
+                and due.together is None
+                and due.client not in under_way.clients
+                and self._scores.tokens_of(due.client) <= self._budget.small
+            )
+
+    def _end_of(self, batch: RunningBatch) -> None:
+        self._batches.remove(batch)
+        for under_way in self._batches:
+            under_way.pieces = 0
 
     def _start_batch(self) -> RunningBatch | None:
         with self._wake:
@@ -270,12 +304,14 @@ class Engine:
         if self._generation is None:
             return
         with self._wake:
-            joining = self._generation.joining(self._generations)
+            wanting = self._generations.clients | self._generation.clients | self._scores.clients
+            contended = len(wanting) > 1
+            joining = self._generation.joining(self._generations, contended=contended)
             self._generations.take(joining)
         try:
             if joining:
                 self._generation.add(joining)
-            self.work.generated_tokens += self._generation.step()
+            self.work.generated_tokens += self._generation.step(contended=contended)
         except Exception as error:  # noqa: BLE001 - these sequences fail, the engine goes on
             self._generation.fail(_as_opd_error(error, "generation"))
         self._generating_seconds += time.perf_counter() - started
@@ -290,9 +326,10 @@ class Engine:
 
     def _fail_all(self, error: OpdError) -> None:
         with self._wake:
-            items = [*self._scores.drain(), *self._alone, *(self._batch.items if self._batch else ())]
+            running = [item for batch in self._batches for item in batch.items]
+            items = [*self._scores.drain(), *self._alone, *running]
             self._alone.clear()
-            self._batch = None
+            self._batches.clear()
         _deliver_all(items, error)
         self._fail_generations(error)
 

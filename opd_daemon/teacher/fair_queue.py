@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -54,6 +55,15 @@ class FairQueue(Generic[Item]):
         """Tokens one client has waiting."""
         line = self._lines.get(client)
         return line.tokens if line else 0
+
+    def items_of(self, client: str) -> list[Item]:
+        """The oldest of one client's items, in order."""
+        line = self._lines.get(client)
+        return list(islice(line.items, SCANNED_ITEMS)) if line else []
+
+    def tokens_by_client(self) -> Counter[str]:
+        """Tokens each client has waiting."""
+        return Counter({client: line.tokens for client, line in self._lines.items()})
 
     @property
     def clients(self) -> set[str]:

@@ -23,9 +23,11 @@ from opd_daemon.types import GeneratedToken, GenerateRequest, ScoreWants
 # weights is what takes time, a round of 8 takes hardly longer than one of a single sequence.
 DECODING_SEQUENCES = 36
 SEQUENCES_OF_ONE_CLIENT, SEQUENCES_BESIDE_OTHERS = 32, 8
-PREFILL_SEQUENCES = 8
-# While several clients want the teacher, the pieces of a prefill are so many times shorter.
-SHORTER = 8
+PREFILL_SEQUENCES, PREFILL_OF_ONE_CLIENT = 8, 7
+# Tokens of prompts in one round, in pieces of a scoring pass: alone, and while several clients want the teacher.
+ROUND_PIECES, CONTENDED_ROUND_PIECES = 4, 1 / 4
+
+COLDEST = 1e-6
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -36,9 +38,16 @@ class Generation:
     def __init__(self, loaded: LoadedModel, eos_token_ids: Sequence[int], piece: int) -> None:
         self._loaded = loaded
         self._eos = frozenset(eos_token_ids)
-        self._piece, self._short_piece = piece, max(1, piece // SHORTER)
+        self._piece = piece
+        self._round = ROUND_PIECES * piece
+        self._contended_round = max(1, round(CONTENDED_ROUND_PIECES * piece))
         self._places = Places(
-            DECODING_SEQUENCES, SEQUENCES_OF_ONE_CLIENT, SEQUENCES_BESIDE_OTHERS, PREFILL_SEQUENCES, self._short_piece
+            most=DECODING_SEQUENCES,
+            alone=SEQUENCES_OF_ONE_CLIENT,
+            contended=SEQUENCES_BESIDE_OTHERS,
+            prefilled=PREFILL_SEQUENCES,
+            prefilled_of_one=PREFILL_OF_ONE_CLIENT,
+            contended_tokens=self._contended_round,
         )
         self._active: dict[int, GenerationItem] = {}
         self._prefilling: dict[int, GenerationItem] = {}
@@ -46,9 +55,15 @@ class Generation:
     def __len__(self) -> int:
         return len(self._active)
 
-    def joining(self, waiting: FairQueue[GenerationItem]) -> list[GenerationItem]:
-        """Which of the waiting prompts may join now."""
-        return joining(waiting, self._active.values(), self._prefilling.values(), self._places)
+    @property
+    def clients(self) -> set[str]:
+        """Whose sequences are being generated."""
+        return {item.client for item in self._active.values()}
+
+    def joining(self, waiting: FairQueue[GenerationItem], *, contended: bool) -> list[GenerationItem]:
+        """Which of the waiting prompts may join now. contended: several clients want the teacher."""
+        active, prefilling = self._active.values(), self._prefilling.values()
+        return joining(waiting, active, prefilling, self._places, contended=contended)
 
     @cached_property
     def _batches(self) -> Any:
@@ -71,26 +86,29 @@ class Generation:
         self._active |= added
         self._prefilling |= added
 
-    def step(self) -> int:
-        """One round: every decoding sequence gets a token, waiting prompts a piece of prefill; how many tokens."""
+    def step(self, *, contended: bool) -> int:
+        """One round: every decoding sequence gets a token, waiting prompts a piece of prefill; how many tokens.
+
+        contended: several clients want the teacher, so the round is to be short.
+        """
         started = time.perf_counter()
         self._remove([uid for uid, item in self._active.items() if item.cancelled])
         working = list(self._active.values())
         if not working:
             return 0
-        contended = len({item.client for item in working}) > 1
-        self._batches.prefill_step_size = self._short_piece if contended else self._piece
+        tokens = self._contended_round if contended else self._round
+        self._batches.prefill_step_size = min(self._piece, max(1, tokens // max(1, len(self._prefilling))))
         prompts, responses = self._batches.next()
         for prompt in prompts:
             if prompt.end_of_prompt:
                 self._prefilling.pop(prompt.uid, None)
-        tokens = self._tokens(responses) if responses else []
+        found = self._tokens(responses) if responses else []
         share = 1000 * (time.perf_counter() - started) / len(working)
         for item in working:
             item.milliseconds += share
-        for response, token in zip(responses, tokens, strict=True):
+        for response, token in zip(responses, found, strict=True):
             self._deliver(response, token)
-        return len(tokens)
+        return len(found)
 
     def fail(self, error: OpdError) -> None:
         """End every sequence with `error` and start afresh."""
@@ -115,7 +133,7 @@ class Generation:
 
     def _token(self, item: GenerationItem, row: int, response: Any, found: dict[str, Any]) -> GeneratedToken:
         count = item.request.top_logprobs
-        stopped = response.token in self._eos or response.token in item.request.stop_token_ids
+        stopped = response.token in self._eos or response.token in item.stops
         return GeneratedToken(
             token_id=int(response.token),
             logprob=float(found["token_logprobs"][row]),
@@ -181,9 +199,10 @@ def sampler(request: GenerateRequest) -> Sampler:
 def chooser(request: GenerateRequest) -> Sampler:
     """Greedy at temperature 0; else samples at the temperature from the nucleus of mass top_p.
 
-    Each sequence has its own chain of random keys, so what else is in the batch changes nothing.
+    A temperature so near 0 that float32 can't divide by it is 0. Each sequence has its own chain of random keys, so
+    what else is in the batch changes nothing.
     """
-    if request.temperature == 0:
+    if request.temperature < COLDEST:
         return greedy
     key = mx.random.key(secrets.randbits(63) if request.seed is None else request.seed)
 

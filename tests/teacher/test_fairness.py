@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from itertools import islice
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_daemon.errors import RETRY_AFTER, OpdError, Reason
+from opd_daemon.teacher import engine as engine_module
 from opd_daemon.teacher import fair_queue
 from opd_daemon.teacher.batching import Budget, GenerationItem, Places, ScoreItem, joining, next_batch
 from opd_daemon.teacher.engine import SHARES, Engine
@@ -20,7 +22,7 @@ from opd_daemon.teacher.pace import LONGEST_SECONDS, SHORTEST_SECONDS, Pace
 from opd_daemon.types import GenerateRequest, ScoreRequest
 
 BUDGET = Budget(alone=800, contended=200, small=400)
-PLACES = Places(most=8, alone=6, contended=3, prefilled=8, contended_tokens=20)
+PLACES = Places(most=8, alone=6, contended=3, prefilled=8, prefilled_of_one=8, contended_tokens=20)
 
 
 def nowhere(*_: Any) -> None:
@@ -145,45 +147,93 @@ def test_nobody_goes_twice_while_another_waits(steps: list[str]) -> None:
 
 def test_many_prompts_of_one_client_leave_room_for_another() -> None:
     queue = queue_of(*(prompt_item("flood") for _ in range(9)))
-    decoding = joining(queue, [], [], PLACES)
+    decoding = joining(queue, [], [], PLACES, contended=False)
     assert clients_of(decoding) == ["flood"] * 6
     queue.take(decoding)
     queue.add(prompt_item("small"))
-    assert clients_of(joining(queue, decoding, [], PLACES)) == ["small"]
+    assert clients_of(joining(queue, decoding, [], PLACES, contended=True)) == ["small"]
 
 
 def test_a_flood_decodes_few_beside_another_client() -> None:
     queue = queue_of(*(prompt_item("flood") for _ in range(9)))
-    assert clients_of(joining(queue, [prompt_item("small")], [], PLACES)) == ["flood"] * 3
+    assert clients_of(joining(queue, [prompt_item("small")], [], PLACES, contended=True)) == ["flood"] * 3
     decoding = [prompt_item("flood"), prompt_item("flood"), prompt_item("small")]
-    assert clients_of(joining(queue, decoding, [], PLACES)) == ["flood"]
+    assert clients_of(joining(queue, decoding, [], PLACES, contended=True)) == ["flood"]
 
 
 def test_prompts_join_as_fast_as_they_are_computed_so_that_a_newcomer_is_next() -> None:
-    places = Places(most=99, alone=99, contended=99, prefilled=4, contended_tokens=99)
+    places = Places(most=99, alone=99, contended=99, prefilled=4, prefilled_of_one=3, contended_tokens=99)
     queue = queue_of(*(prompt_item("flood") for _ in range(9)))
-    prefilling = joining(queue, [], [], places)
-    assert len(prefilling) == 4
+    prefilling = joining(queue, [], [], places, contended=False)
+    assert len(prefilling) == 3
     queue.take(prefilling)
-    assert not joining(queue, prefilling, prefilling, places)
+    assert not joining(queue, prefilling, prefilling, places, contended=False)
     queue.add(prompt_item("small"))
-    assert clients_of(joining(queue, prefilling, prefilling[1:], places)) == ["small"]
+    assert clients_of(joining(queue, prefilling, prefilling, places, contended=True)) == ["small"]
 
 
 def test_long_prompts_of_a_flood_come_one_by_one_beside_another_client() -> None:
     queue = queue_of(*(prompt_item("flood", 50) for _ in range(4)))
-    assert len(joining(queue, [], [], PLACES)) == 4
+    assert len(joining(queue, [], [], PLACES, contended=False)) == 4
     queue.add(prompt_item("small", 50))
-    first = joining(queue, [], [], PLACES)
+    first = joining(queue, [], [], PLACES, contended=True)
     assert sorted(clients_of(first)) == ["flood", "small"]
     queue.take(first)
-    assert not joining(queue, first, first, PLACES)
-    assert clients_of(joining(queue, first, [], PLACES)) == ["flood"]
+    assert not joining(queue, first, first, PLACES, contended=True)
+    assert clients_of(joining(queue, first, [], PLACES, contended=True)) == ["flood"]
 
 
 def test_no_more_prompts_join_than_there_is_room_for() -> None:
     queue = queue_of(*(prompt_item(f"client{number % 4}") for number in range(20)))
-    assert len(joining(queue, [prompt_item("old")], [], PLACES)) == 7
+    assert len(joining(queue, [prompt_item("old")], [], PLACES, contended=True)) == 7
+
+
+class TestLongSequences:
+    """An engine whose passes take a piece for each 512 tokens, done by hand."""
+
+    @pytest.fixture
+    def done(self) -> list[str]:
+        """The client of every piece, in order."""
+        return []
+
+    @pytest.fixture
+    def engine(self, done: list[str], monkeypatch: pytest.MonkeyPatch) -> Engine:
+        def score_batch(_: object, requests: Sequence[ScoreRequest], piece: int) -> Generator[None, None, list[object]]:
+            for _ in range(0, max(len(request.token_ids) for request in requests), piece):
+                done.append("flood" if len(requests[0].token_ids) > piece else "small")
+                yield
+            return [None for _ in requests]
+
+        monkeypatch.setattr(engine_module, "score_batch", score_batch)
+        engine = Engine(token_budget=2048, piece=512, max_queue_tokens=1 << 20)
+        engine._digest, engine._loaded = "digest", Mock(shares_prefixes=False)  # as if a model were loaded
+        return engine
+
+    def work(self, engine: Engine, pieces: int) -> None:
+        for _ in range(pieces):
+            work = engine._next_work()
+            assert work
+            work()
+
+    @pytest.mark.parametrize("together", [None, "a run's call"])
+    def test_let_a_small_call_go_between_their_pieces(
+        self, engine: Engine, done: list[str], together: str | None
+    ) -> None:
+        engine.score("digest", [score_item("flood", 4 * 512, together)])
+        self.work(engine, 1)
+        engine.score("digest", [score_item("small")])
+        self.work(engine, 1)
+        engine.score("digest", [score_item("small")])
+        self.work(engine, 7)
+        assert done == ["flood", "small", "flood", "small", "flood", "flood"]
+
+    def test_are_not_held_up_by_others_of_their_kind(self, engine: Engine, done: list[str]) -> None:
+        engine.score("digest", [score_item("flood", 4 * 512)])
+        self.work(engine, 1)
+        engine.score("digest", [score_item("another flood", 3 * 512)])
+        self.work(engine, 4)
+        assert len(engine._batches) == 0
+        assert engine.queued_tokens == 3 * 512
 
 
 class TestAFullQueue:
@@ -210,12 +260,22 @@ class TestAFullQueue:
         with pytest.raises(OpdError, match="try again"):
             engine.score("digest", [score_item("small", 600)])
 
-    def test_is_never_more_than_twice_as_long(self, engine: Engine) -> None:
-        for number in range(SHARES):
+    def test_lets_in_one_large_call_of_a_client_that_has_nothing_there(self, engine: Engine) -> None:
+        engine.score("digest", [score_item("other", 700), score_item("other", 700)])
+        with pytest.raises(OpdError, match="try again"):
+            engine.score("digest", [score_item("other", 1)])
+
+    def test_of_one_enormous_call_shuts_nobody_out(self) -> None:
+        engine = Engine(token_budget=2048, piece=512, max_queue_tokens=self.LIMIT)
+        engine._digest = "digest"
+        engine.score("digest", [score_item("flood", 10 * self.LIMIT)])
+        engine.score("digest", [score_item("small", 600)])
+
+    def test_holds_no_more_than_everybodys_shares(self, engine: Engine) -> None:
+        for number in range(SHARES - 1):
             engine.score("digest", [score_item(f"client{number}", 1000)])
         with pytest.raises(OpdError, match="try again"):
             engine.score("digest", [score_item("one more", 1000)])
-        assert engine.queued_tokens == 2 * self.LIMIT
 
     def test_forgets_what_was_cancelled(self, engine: Engine) -> None:
         item = score_item("small", 1000)

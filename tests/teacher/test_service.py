@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -125,12 +126,43 @@ def test_cancelling_the_caller_frees_the_queue(home: Home, tiny_teacher: Path) -
     home.run(work, tiny_teacher, token_budget=500)
 
 
+def test_a_pass_whose_caller_left_is_given_up_between_two_pieces(
+    home: Home, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = engine.score_batch
+    begun, left = threading.Event(), threading.Event()
+
+    def held(loaded: Any, requests: Any, piece: int) -> Any:
+        """The first piece of the first pass takes until its caller has left."""
+        pieces = real(loaded, requests, piece)
+        next(pieces)
+        begun.set()
+        left.wait(30)
+        yield
+        return (yield from pieces)
+
+    monkeypatch.setattr(engine, "score_batch", held)
+
+    async def work(service: TeacherService) -> None:
+        caller = asyncio.ensure_future(score_all(service, heavy(4), use_cache=False))
+        assert await asyncio.to_thread(begun.wait, 30)
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        left.set()
+        # Of the same client, so its turn comes after a pass that has begun.
+        await score_all(service, heavy(1), use_cache=False)
+        assert (service.work.scored_sequences, service.work.scored_tokens) == (1, 400)
+
+    home.run(work, tiny_teacher, piece=16, token_budget=2000)
+
+
 def test_a_full_queue_refuses_the_whole_call(home: Home, tiny_teacher: Path) -> None:
     async def work(service: TeacherService) -> None:
-        results = service.score(heavy(100), use_cache=False)
+        results = service.score(heavy(100), client="eager", use_cache=False)
         await anext(results)
         with pytest.raises(OpdError) as caught:
-            await score_all(service, heavy(20), client="late", use_cache=False)
+            await score_all(service, heavy(20), client="eager", use_cache=False)
         assert caught.value.reason is Reason.QUEUE_FULL
         await results.aclose()
         await score_all(service, heavy(1))
