@@ -73,6 +73,12 @@ class ServeSettings:
     web: Door | None = None
 
 
+def allowed_roots(settings: ServeSettings) -> AllowedRoots:
+    """Where clients of this daemon may name paths: not in the user's own folders if other machines can call."""
+    remote = settings.listener is not None and not is_loopback(settings.listener.host)
+    return AllowedRoots.default(settings.home, settings.allowed_roots, remote=remote)
+
+
 def serve(settings: ServeSettings) -> None:
     """Run the daemon until it is asked to stop; should its gRPC server die, end the process with exit code 1.
 
@@ -102,8 +108,7 @@ async def _serve(settings: ServeSettings) -> None:
         retention=settings.retention,
         stall=settings.stall,
     )
-    remote = settings.listener is not None and not is_loopback(settings.listener.host)
-    roots = AllowedRoots.default(settings.home, settings.allowed_roots, remote=remote)
+    roots = allowed_roots(settings)
     async with Daemon.open(settings.home, limits, roots) as daemon:
         await daemon.runs.recover()
         calls = CallTally()

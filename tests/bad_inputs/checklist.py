@@ -30,7 +30,7 @@ CHECKLIST: dict[int, tuple[str, str, str]] = {
     9: ("800 idle connections", "serving", "tests/bad_inputs/test_wire.py::test_idle_connections_cost_nobody_anything"),
     10: ("half-open client", "gone within keepalive", "tests/bad_inputs/test_wire.py::test_a_half_open_client_is_gone_within_keepalive"),
     11: ("reset in mid-stream", "the handler's finally ran", "tests/rpc/test_interceptor.py::test_a_caller_that_goes_away_closes_the_handler_at_once"),
-    12: ("client stops reading", "memory flat", "tests/bad_inputs/test_teacher.py::test_a_client_that_stops_reading_costs_no_memory"),
+    12: ("client stops reading", "memory flat", "tests/teacher/test_stalled.py::test_a_reader_who_stops_has_a_fixed_share_of_memory"),
     13: ("deadline past", "nothing computed", "tests/bad_inputs/test_teacher.py::test_a_deadline_that_is_past_computes_nothing"),
     14: ("cancel while queued or computing", "slot freed", "tests/bad_inputs/test_teacher.py::test_who_cancels_frees_the_queue"),
     15: ("slowloris on HTTP", "serving", "tests/web/test_endurance.py::test_a_client_is_left_that"),

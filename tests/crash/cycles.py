@@ -98,7 +98,17 @@ class Cycles:
             self.tally.workers_killed += 1
         if aim == "worker" and self._random.random() < 0.5:
             self._user.act_for(self.daemon, self._random.uniform(0.0, 0.5))
+        self._expect_no_end_of_its_own(aim)
         self.daemon.kill()
+
+    def _expect_no_end_of_its_own(self, aim: str) -> None:
+        """Only a point that kills ends a daemon before we do; one that can't start, or fails, is no kill -9."""
+        if self.daemon.alive:
+            return
+        code = self.daemon.wait()
+        said = self.daemon.log.read_text()[-3000:]
+        assert aim == "point", f"cycle {self.tally.cycles}: the daemon ended by itself with {code}:\n{said}"
+        assert code == -signal.SIGKILL, f"cycle {self.tally.cycles}: a point to die at ended it with {code}:\n{said}"
 
     def _expect_no_orphans(self) -> None:
         deadline = time.monotonic() + ORPHAN_SECONDS

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from opd_daemon.client import Client
 from opd_daemon.errors import Code, OpdError, Reason
+from opd_daemon.runs.stall import StallPolicy
 from opd_daemon.store import Store
 from opd_daemon.types import Event, RunState
 from opd_daemon.v1 import run_pb2, run_pb2_grpc
@@ -224,3 +225,25 @@ def test_a_pause_costs_time_and_nothing_else(daemon: Daemon, tmp_path: Path, eve
         assert not follower.is_alive()
         assert revisions == sorted(set(revisions))
     assert daemon.stop() == 0
+
+
+def test_a_pause_of_the_daemon_is_no_silence_of_its_worker(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    """What the worker said meanwhile is unread when the daemon wakes, and the time it has is over."""
+    stall = StallPolicy(warning=2.0, limit=4.0)
+    daemon = make_daemon(stall=stall)
+    daemon.start()
+    with daemon.client() as client:
+        run_id = running(client, tmp_path, num_steps=60)
+        _, revision = client.run(run_id)
+        daemon.signal(signal.SIGSTOP)
+        time.sleep(stall.limit + 1.0)
+        daemon.signal(signal.SIGCONT)
+        until(lambda: client.run(run_id)[0].state.resting, 60.0, "it ends")
+        run = client.run(run_id)[0]
+    assert (run.state, run.error_message) == (RunState.SUCCEEDED, "")
+    assert daemon.stop() == 0
+    store = Store(daemon.home.database)
+    told = [str(event.payload.get("text")) for event in store.events_after(revision, run_id, 10_000)[0]]
+    store.close()
+    assert told
+    assert not [text for text in told if "no progress" in text]

@@ -21,6 +21,8 @@ from opd_daemon.distill.preflight import check_run
 from opd_daemon.errors import Code, OpdError, Reason
 from opd_daemon.home import Home
 from opd_daemon.paths import LINKED_OUT, OUTSIDE, SPECIAL, AllowedRoots, Kind, open_plain
+from opd_daemon.rpc.listening import Listener
+from opd_daemon.rpc.server import ServeSettings, allowed_roots
 from opd_daemon.types import ComparisonRequest
 from tests.tiny import write_tiny_qwen2
 
@@ -146,6 +148,20 @@ def test_a_remote_daemon_allows_its_home_and_what_its_owner_names(tmp_path: Path
     assert narrow.folders == (Path(os.path.realpath(home.root)), Path(os.path.realpath(tmp_path / "models")))
     assert narrow.fault("~/.ssh/id_ed25519", "file") == OUTSIDE
     assert AllowedRoots.default(home).fault("~/models/teacher", "folder") == ""
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "::"])  # noqa: S104 - named, not listened to
+def test_a_daemon_other_machines_can_reach_leaves_out_its_owners_folders(tmp_path: Path, host: str) -> None:
+    home, models = Home(tmp_path / "home"), tmp_path / "models"
+    roots = allowed_roots(ServeSettings(home=home, listener=Listener(host, 1), allowed_roots=(models,)))
+    assert roots == AllowedRoots.of([home.root, models])
+    assert roots.fault("~/models/teacher", "folder") == OUTSIDE
+
+
+@pytest.mark.parametrize("listener", [None, Listener("127.0.0.1", 1), Listener("::1", 1)])
+def test_a_daemon_of_this_machine_alone_allows_its_owners_folders(tmp_path: Path, listener: Listener | None) -> None:
+    roots = allowed_roots(ServeSettings(home=Home(tmp_path), listener=listener))
+    assert roots.fault("~/models/teacher", "folder") == ""
 
 
 def test_a_daemon_started_in_the_root_folder_does_not_allow_everything(

@@ -17,8 +17,9 @@ from opd_daemon.home import Home
 from opd_daemon.rpc.access import WORKER_METHODS, Caller, Gate
 from opd_daemon.runs.workers import Workers
 from opd_daemon.token_file import kept_token, read_token
-from opd_daemon.v1 import catalog_pb2, run_pb2, teacher_pb2, worker_pb2
+from opd_daemon.v1 import catalog_pb2, run_pb2, run_pb2_grpc, teacher_pb2, worker_pb2
 from opd_daemon.wire.errors import from_rpc_error
+from tests.crash.stage import Daemon, run_values, until
 
 OWN = "t" * 43
 FILES = (teacher_pb2, run_pb2, catalog_pb2, worker_pb2)
@@ -110,6 +111,36 @@ def test_a_worker_reaches_no_other_run(run_id: str) -> None:
     assert refused.value.reason is Reason.OUT_OF_SCOPE
     Caller("run-1").require_run("run-1")
     Caller().require_run(run_id)
+
+
+def test_a_running_worker_sees_its_own_run_and_no_other(tmp_path: Path) -> None:
+    """With the tokens of two real workers, which have them in their environment."""
+    daemon = Daemon(tmp_path)
+    try:
+        daemon.start()
+        with daemon.client() as client:
+            for run_id in ("one", "two"):
+                client.create_run(run_values(tmp_path, run_id=run_id, session_id="hangs"))
+            until(lambda: len(daemon.workers()) == 2, what="both run")
+            tokens = {worker.cmdline()[-1]: worker.environ()["OPD_WORKER_TOKEN"] for worker in daemon.workers()}
+        with grpc.insecure_channel(find_endpoint(daemon.home).address) as channel:
+            runs = run_pb2_grpc.RunServiceStub(channel)
+            for own, other in (("one", "two"), ("two", "one")):
+                worker = [("authorization", f"Bearer {tokens[own]}")]
+                assert runs.GetRun(run_pb2.GetRunRequest(run_id=own), metadata=worker).run.run_id == own
+                watch = runs.WatchEvents(run_pb2.WatchEventsRequest(run_id=own), metadata=worker, timeout=10)
+                assert next(watch).HasField("started")
+                watch.cancel()
+                for asked in (other, "none"):
+                    with pytest.raises(grpc.RpcError) as refused:
+                        runs.GetRun(run_pb2.GetRunRequest(run_id=asked), metadata=worker)
+                    assert from_rpc_error(refused.value).reason is Reason.OUT_OF_SCOPE
+                for asked in (other, "none", ""):
+                    with pytest.raises(grpc.RpcError) as refused:
+                        next(runs.WatchEvents(run_pb2.WatchEventsRequest(run_id=asked), metadata=worker, timeout=10))
+                    assert from_rpc_error(refused.value).reason is Reason.OUT_OF_SCOPE
+    finally:
+        daemon.end()
 
 
 def status(local: LocalDaemon, metadata: Iterable[tuple[str, str]], method: str) -> OpdError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import mlx.core as mx
@@ -116,6 +117,23 @@ def test_a_caller_that_leaves_frees_its_place_and_others_go_on(home: Home, tiny_
         assert service.queued_tokens == 0
         alone = (await generate_all(service, [GenerateRequest(PROMPTS[4], 30, 0.0)], use_cache=False))[0]
         assert ids_of([token for _, token in [first, *rest]]) == ids_of(alone)
+
+    home.run(work, tiny_teacher)
+
+
+def test_completions_whose_caller_left_are_computed_no_further(home: Home, tiny_teacher: Path) -> None:
+    # Without their ends they go on for 400 tokens each.
+    endless = [GenerateRequest(prompt, 400, 0.0, masked_token_ids=(400, 402)) for prompt in PROMPTS[:4]]
+
+    async def work(service: TeacherService) -> None:
+        leaving = service.generate(endless, use_cache=False)
+        await anext(leaving)
+        await leaving.aclose()
+        computed = -1
+        while computed != service.work.generated_tokens:
+            computed = service.work.generated_tokens
+            await asyncio.sleep(0.3)
+        assert computed < 400
 
     home.run(work, tiny_teacher)
 
