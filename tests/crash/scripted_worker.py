@@ -175,6 +175,11 @@ def main() -> None:
             teller.waiting.append(worker_pb2.ReportEventsRequest(running=True))
             teller.settle()
             time.sleep(600)
+        case "hangs.politely":
+            teller.waiting.append(worker_pb2.ReportEventsRequest(running=True))
+            teller.settle()
+            stopped.wait(600)
+            teller.outcome(event_pb2.RUN_STATE_STOPPED)
         case "floods":
             flood(teller, int(number))
         case "shouts":

@@ -62,19 +62,20 @@ def test_a_worker_that_dies_leaves_a_run_that_says_so_and_resumes(
         assert client.resume(run.run_id)[0].attempt == 1
 
 
+@pytest.mark.parametrize("kind", ["hangs", "hangs.politely"])
 def test_a_worker_that_hangs_is_told_of_and_ended_when_its_time_is_over(
-    make_daemon: MakeDaemon, tmp_path: Path
+    make_daemon: MakeDaemon, tmp_path: Path, kind: str
 ) -> None:
     daemon = make_daemon(stall=StallPolicy(warning=0.5, limit=1.5))
     daemon.start()
     with daemon.client() as client:
-        run = reach(client, create(client, tmp_path, "hangs"), RunState.INTERRUPTED)
+        run = reach(client, create(client, tmp_path, kind), RunState.INTERRUPTED)
         assert "no progress" in run.error_message
         assert run.state.resumable
         warnings = [text for text in logged(client, run.run_id) if text.startswith("no progress")]
         assert len(warnings) == 1
         assert f"opd stop {run.run_id}" in warnings[0]
-    assert daemon.workers() == []
+    until(lambda: daemon.workers() == [], what="the worker has left")
 
 
 def test_a_worker_that_makes_progress_is_never_said_to_stall(make_daemon: MakeDaemon, tmp_path: Path) -> None:
