@@ -237,6 +237,8 @@ class Store:
 
     def insert_run(self, run: Run, events: Sequence[Event], request_digest: str) -> StoredRun:
         """Add a new run with the events that announce it; inside a transaction."""
+        # The files of this name are the new run's from here on, on a disk that takes its other spellings for it too.
+        self._database.execute("DELETE FROM facts WHERE name = ? COLLATE NOCASE", (DELETED + run.run_id,))
         revision = self.append(events)[-1].revision
         row = (run.run_id, revision, run.state, run.request_id, request_digest, document_of(run))
         self._database.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?)", row)

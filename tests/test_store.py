@@ -205,6 +205,15 @@ def test_deleting_a_run_leaves_the_log_without_a_gap(store: Store) -> None:
     assert [event.revision for event in store.events_after(0)[0]] == [1, 2]
 
 
+@pytest.mark.parametrize("again", ["r1", "R1"])
+def test_a_new_run_of_a_deleted_ones_name_keeps_its_files(store: Store, again: str) -> None:
+    add_run(store)
+    store.transact([lambda store: store.delete_run("r1")])
+    assert store.deleted_runs() == ["r1"]
+    add_run(store, make_run(again))
+    assert store.deleted_runs() == []
+
+
 def test_compacting_forgets_old_events_but_no_metrics(store: Store) -> None:
     store.apply(None, [metrics_event(step) for step in (1, 2)])
     store.apply(None, [metrics_event(step) for step in (3, 4)])

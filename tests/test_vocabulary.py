@@ -77,7 +77,7 @@ def test_a_folder_without_a_tokenizer_is_called_what_its_client_calls_it(tmp_pat
     with pytest.raises(OpdError, match="no tokenizer in ~/teacher: it holds no") as missing:
         load_vocabulary(tmp_path, "~/teacher")
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(OpdError, match="no tokenizer in ~/teacher: tokenizer.json is broken") as broken:
+    with pytest.raises(OpdError, match=r"no tokenizer in ~/teacher: tokenizer.json is broken") as broken:
         load_vocabulary(tmp_path, "~/teacher")
     for error in (missing.value, broken.value):
         assert error.metadata["path"] == "~/teacher"

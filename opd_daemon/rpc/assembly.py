@@ -19,10 +19,11 @@ from opd_daemon.home import Home
 from opd_daemon.paths import AllowedRoots
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.retention import Retention, retain
-from opd_daemon.runs.attempt import Preflight, Teaching
+from opd_daemon.runs.attempt import Teaching
 from opd_daemon.runs.comparison import Comparisons
 from opd_daemon.runs.manager import RunManager
 from opd_daemon.runs.plans import PlanRequest
+from opd_daemon.runs.preflight import Preflight
 from opd_daemon.runs.stall import USUAL, StallPolicy
 from opd_daemon.runs.states import LIVE
 from opd_daemon.runs.uploads import Uploads
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 PLUGIN_SECONDS = 5.0
 LOADING_POLL_SECONDS = 0.2
+# Between attempts to store what a full disk didn't take.
+ANNOUNCE_SECONDS = 5.0
 ALL_RUNS = 500
 
 
@@ -67,6 +70,7 @@ class ResidentTeacher:
         self.service = service
         self._events = events
         self._announced: tuple[TeacherState, str] | None = None
+        self._telling = asyncio.Lock()
         self._settling: asyncio.Task[None] | None = None
 
     def holds(self, model: str) -> bool:
@@ -88,27 +92,54 @@ class ResidentTeacher:
                 await self.announce()
 
     async def announce(self, message: str = "") -> None:
-        """Record the teacher's state as an event, if it has changed, and again when a load under way has ended."""
-        if self.service.loading and self._settling is None:
-            self._settling = asyncio.create_task(self._settle())  # who asked for the load may have gone
-        info, failure = self.service.info, self.service.failure
-        now = (self.service.state, info.digest if info else "")
-        if now == self._announced:
-            return
-        self._announced = now
-        payload = {
-            "state": str(now[0]),
-            "digest": now[1],
-            "name": info.name if info else "",
-            "message": message or (failure.message if failure else ""),
-        }
-        await self._events.append(None, [Event(EventKind.TEACHER, "", payload, datetime.now(UTC))])
+        """Record the teacher's state as an event, if it has changed, and again when a load under way has ended.
+
+        Raises:
+            OpdError: it can't be stored; that is tried again until it is.
+        """
+        if self.service.loading:
+            self._settle_later()  # who asked for the load may have gone
+        # What counts as announced is what was stored, even if the caller gives up meanwhile.
+        await asyncio.shield(self._tell(message))
+
+    async def _tell(self, message: str = "") -> None:
+        async with self._telling:
+            info, failure = self.service.info, self.service.failure
+            now = (self.service.state, info.digest if info else "")
+            if now == self._announced:
+                return
+            payload = {
+                "state": str(now[0]),
+                "digest": now[1],
+                "name": info.name if info else "",
+                "message": message or (failure.message if failure else ""),
+            }
+            try:
+                await self._events.append(None, [Event(EventKind.TEACHER, "", payload, datetime.now(UTC))])
+            except OpdError:
+                self._settle_later()
+                raise
+            self._announced = now
+
+    def _settle_later(self) -> None:
+        if self._settling is None:
+            self._settling = asyncio.create_task(self._settle())
 
     async def _settle(self) -> None:
-        while self.service.loading:
+        """Announce how a load has ended, as soon as the store takes it."""
+        while self.service.loading or not await self._told():
             await self.service.settled()
         self._settling = None
-        await self.announce()
+
+    async def _told(self) -> bool:
+        """Whether everybody knows of the teacher by now; else after a pause."""
+        try:
+            await self._tell()
+        except OpdError as fault:
+            log.warning("that the teacher is %s can't be stored yet: %s", self.service.state, fault)
+            await asyncio.sleep(ANNOUNCE_SECONDS)
+            return False
+        return not self.service.loading
 
     async def close(self) -> None:
         """Let the teacher go."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import ExitStack, aclosing
 from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from google.protobuf.message import Message
 
@@ -20,6 +21,7 @@ from opd_daemon.paths import AllowedRoots
 from opd_daemon.rpc.access import caller
 from opd_daemon.rpc.interceptor import Context
 from opd_daemon.runs.comparison import Comparisons
+from opd_daemon.runs.downloads import open_folder
 from opd_daemon.runs.manager import RunManager
 from opd_daemon.runs.uploads import UploadPiece, Uploads
 from opd_daemon.types import Checkpoint, Run, RunState
@@ -151,15 +153,9 @@ class RunServicer(rpc.RunServiceServicer):
     ) -> AsyncIterator[pb.DownloadAdapterResponse]:
         _require_run_id(request.run_id)
         folder = _chosen(await self._runs.checkpoints(request.run_id), request)
-        files = await asyncio.to_thread(adapter_files, folder)
-        if not files:
-            message = f"the adapter's folder {folder.name} of run {request.run_id!r} has been deleted; choose another"
-            raise OpdError(Reason.CHECKPOINT_NOT_FOUND, message, run_id=request.run_id)
-        for path in files:
-            data = await asyncio.to_thread(path.read_bytes)
-            for offset in range(0, len(data), CHUNK_BYTES):
-                piece = data[offset : offset + CHUNK_BYTES]
-                yield pb.DownloadAdapterResponse(file_name=path.name, file_bytes=len(data), offset=offset, data=piece)
+        async with aclosing(_sent(await asyncio.to_thread(_adapter, folder, request.run_id))) as chunks:
+            async for name, size, offset, data in chunks:
+                yield pb.DownloadAdapterResponse(file_name=name, file_bytes=size, offset=offset, data=data)
                 hit("adapter.stream")
 
     async def WatchEvents(
@@ -190,11 +186,9 @@ class RunServicer(rpc.RunServiceServicer):
         self, request: pb.DownloadReportRequest, context: Context
     ) -> AsyncIterator[pb.DownloadReportResponse]:
         _require_run_id(request.run_id)
-        for path in await self._runs.report_files(request.run_id):
-            data = await asyncio.to_thread(path.read_bytes)
-            for offset in range(0, len(data), CHUNK_BYTES):
-                piece = data[offset : offset + CHUNK_BYTES]
-                yield pb.DownloadReportResponse(file_name=path.name, file_bytes=len(data), offset=offset, data=piece)
+        async with aclosing(_sent(await self._runs.open_report(request.run_id))) as chunks:
+            async for name, size, offset, data in chunks:
+                yield pb.DownloadReportResponse(file_name=name, file_bytes=size, offset=offset, data=data)
 
     async def CompareModels(
         self, request: pb.CompareModelsRequest, context: Context
@@ -222,6 +216,30 @@ class RunServicer(rpc.RunServiceServicer):
 async def _pieces(messages: AsyncIterator[pb.UploadPromptsRequest]) -> AsyncIterator[UploadPiece]:
     async for message in messages:
         yield UploadPiece(message.data, message.sha256)
+
+
+async def _sent(files: Sequence[BinaryIO]) -> AsyncGenerator[tuple[str, int, int, bytes]]:
+    """Name, size, offset and data of every piece of the files, which are closed at the end."""
+    with ExitStack() as opened:
+        for file in files:
+            opened.enter_context(file)
+        for file in files:
+            name, size, offset = Path(file.name).name, os.fstat(file.fileno()).st_size, 0
+            while data := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                yield name, size, offset, data
+                offset += len(data)
+
+
+def _adapter(folder: Path, run_id: str) -> list[BinaryIO]:
+    """The opened files of an adapter. Raises CHECKPOINT_NOT_FOUND."""
+    try:
+        files = open_folder(folder, adapter_files)
+    except (FileNotFoundError, NotADirectoryError):
+        files = []
+    if not files:
+        message = f"the adapter's folder {folder.name} of run {run_id!r} has been deleted; choose another"
+        raise OpdError(Reason.CHECKPOINT_NOT_FOUND, message, run_id=run_id)
+    return files
 
 
 def _require_run_id(run_id: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 from dataclasses import replace
@@ -15,7 +14,7 @@ from opd_daemon.distill.registry import check_config as check_divergence
 from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
 from opd_daemon.paths import RUN_PATHS
 from opd_daemon.plugins import PluginRegistry
-from opd_daemon.runs.attempt import Preflight
+from opd_daemon.runs.preflight import Preflight
 from opd_daemon.trainer import TrainerInfo
 
 # The checks across fields come after those of single ones: one round for each, and one that succeeds.
@@ -40,7 +39,7 @@ async def checked_config(
     config, faults = _parsed(values)
     if config is not None:
         known = {fault.field for fault in faults}
-        found = await asyncio.to_thread(_faults, config.expanded(), plugins, preflight, taken_ids)
+        found = await preflight.run(_faults, config.expanded(), plugins, preflight, taken_ids)
         found = [_as_written(fault, config) for fault in found]
         faults += [fault for fault in found if fault.field not in known]
     if faults or config is None:

@@ -10,11 +10,13 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
+from os.path import realpath
 from pathlib import Path
 from typing import Any, TypeVar
 
 from opd_daemon.config import RunConfig, parse_config
-from opd_daemon.errors import FieldViolation, OpdError, Reason, violations_error
+from opd_daemon.errors import OpdError, Reason, violations_error
 from opd_daemon.events import EventLog
 from opd_daemon.failpoints import hit
 from opd_daemon.home import Home
@@ -23,12 +25,12 @@ from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs.ledger import Ledger
 from opd_daemon.runs.memory import kills_for_memory, memory_ended
 from opd_daemon.runs.plans import PlanRequest
+from opd_daemon.runs.preflight import Preflight
 from opd_daemon.runs.resumption import Resumption
 from opd_daemon.runs.stall import USUAL, StallClock, StallPolicy
 from opd_daemon.runs.states import TRANSITIONS, moved
 from opd_daemon.runs.workers import WorkerProcess, Workers, meaning_of_exit
-from opd_daemon.trainer import TrainerInfo
-from opd_daemon.types import Event, EventKind, Plan, Run, RunState
+from opd_daemon.types import Event, EventKind, Run, RunState
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +44,6 @@ OVERSLEPT_SECONDS = 1.0
 UNSTORED = frozenset({Reason.DISK_FULL, Reason.STORE_UNUSABLE, Reason.INTERNAL})
 # An eighth of a micro-batch that doesn't fit won't be saved by a sixteenth.
 MOST_HALVINGS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Preflight:
-    """What can be found out about a run before anything loads; both functions block and run off the loop.
-
-    check: every fault of a configuration; that of its options only when the trainer is known. plan: time and memory.
-    """
-
-    check: Callable[[RunConfig, TrainerInfo | None], list[FieldViolation]]
-    plan: Callable[[PlanRequest], Plan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +78,8 @@ class Attempt:
 
     def __init__(self, run: Run, services: RunServices) -> None:
         self.run_id = run.run_id
-        self.config = parse_config(run.config)
+        self.teacher = teacher_folder(run)
+        self._values = run.config
         self._services = services
         self._stopping = asyncio.Event()
         self._hurried = asyncio.Event()
@@ -97,6 +89,15 @@ class Attempt:
         self._stalled = False
         self._memory_ran_out = False
         self._stall: StallClock | None = None
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The run's configuration, read when the run has begun: one that another version wrote fails it alone.
+
+        Raises:
+            OpdError: INVALID_RUN_CONFIG.
+        """
+        return parse_config(self._values)
 
     async def carry_out(self) -> None:
         """Do it all; the run is at rest afterwards, whatever happened."""
@@ -138,7 +139,11 @@ class Attempt:
         self._hurry(GOODBYE_SECONDS)
 
     def stopped(self) -> tuple[RunState, str, str]:
-        """State, reason and message of a run that stopped when it was asked to."""
+        """State, reason and message of a run that stopped when its worker was asked to."""
+        if self._stalled:
+            minutes = self._services.stall.limit / 60.0
+            message = f"no progress for {minutes:.1f} minutes; the worker was ended, resume starts from the checkpoint"
+            return RunState.INTERRUPTED, Reason.WORKER_DIED, message
         if self._shutting_down:
             return RunState.INTERRUPTED, Reason.SHUTTING_DOWN, "the daemon was stopped; resume goes on from here"
         return RunState.STOPPED, "", ""
@@ -146,12 +151,13 @@ class Attempt:
     async def _prepare(self) -> None:
         await self._begin()
         trainer = self._services.plugins.trainer(self.config.trainer)
-        violations = await asyncio.to_thread(self._services.preflight.check, self.config, trainer)
+        preflight = self._services.preflight
+        violations = await preflight.run(preflight.check, self.config, trainer)
         if violations:
             raise violations_error(violations, Reason.INVALID_RUN_CONFIG)
         resident = self._services.teaching.holds(self.config.teacher_model_path)
         request = PlanRequest(self.config, trainer, resident)
-        plan = await asyncio.to_thread(self._services.preflight.plan, request)
+        plan = await preflight.plan(request)
         if not plan.fits:  # accepted when there was more room, or by force
             await self._say(f"the run may not fit any more: {'; '.join(plan.warnings)}", "warning")
         if not resident:
@@ -274,9 +280,7 @@ class Attempt:
 
     async def _after_exit(self, worker: WorkerProcess, code: int, kills: int) -> bool:
         if self._stalled:
-            minutes = self._services.stall.limit / 60.0
-            message = f"no progress for {minutes:.1f} minutes; the worker was ended, resume starts from the checkpoint"
-            await self._come_to_rest(RunState.INTERRUPTED, Reason.WORKER_DIED, message)
+            await self._come_to_rest(*self.stopped())
             return False
         if self._overdue and not self._memory_ran_out:
             message = "the worker did not stop in time and was ended; resume goes on from the last checkpoint"
@@ -342,6 +346,15 @@ class Attempt:
                     raise
                 logger.warning("run %s is %s, but that can't be stored yet: %s", self.run_id, state, fault)
                 await asyncio.sleep(DISK_RETRY_SECONDS)
+
+
+def teacher_folder(run: Run) -> str:
+    """The folder a run's teacher is in, by whatever links."""
+    path = str(run.config.get("teacher_model_path", ""))
+    try:
+        return realpath(path)
+    except ValueError:  # what no disk takes for a path; the run fails when it is its turn
+        return path
 
 
 def _does_not_fit(size: int) -> str:

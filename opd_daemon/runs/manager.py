@@ -9,8 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from opd_daemon.config import parse_config
 from opd_daemon.distill.checkpoints import latest
@@ -21,12 +20,13 @@ from opd_daemon.home import Home
 from opd_daemon.names import new_run_id
 from opd_daemon.plugins import PluginRegistry
 from opd_daemon.runs.acceptance import checked_config, request_digest
-from opd_daemon.runs.attempt import Preflight, RunServices, Teaching
+from opd_daemon.runs.attempt import RunServices, Teaching
 from opd_daemon.runs.files import is_folder, names_on_disk, remove_files, tidy_up, write_waiting
 from opd_daemon.runs.ledger import Ledger
 from opd_daemon.runs.plans import PlanRequest, does_not_fit
+from opd_daemon.runs.preflight import Preflight
 from opd_daemon.runs.quota import MOST_BYTES, require_room
-from opd_daemon.runs.reports import report_files, report_path
+from opd_daemon.runs.reports import open_report, report_path
 from opd_daemon.runs.resumption import Resumption
 from opd_daemon.runs.scheduler import Scheduler
 from opd_daemon.runs.stall import USUAL, StallPolicy
@@ -45,7 +45,7 @@ T = TypeVar("T")
 Runs = list[Run]
 Payloads = list[dict[str, Any]]
 Checkpoints = list[Checkpoint]
-Paths = list[Path]
+OpenFiles = list[BinaryIO]
 
 
 class RunManager:
@@ -136,7 +136,7 @@ class RunManager:
         request = PlanRequest(
             config, self._plugins.trainer(config.trainer), resident, machine, measure=validate_only and idle
         )
-        plan = await asyncio.to_thread(self._preflight.plan, request)
+        plan = await self._preflight.plan(request)
         run = Run(
             run_id=config.run_id,
             state=RunState.PENDING,
@@ -243,7 +243,7 @@ class RunManager:
 
     async def _check_again(self, run: Run) -> None:
         config = parse_config(run.config)
-        violations = await asyncio.to_thread(self._preflight.check, config, self._plugins.trainer(config.trainer))
+        violations = await self._preflight.run(self._preflight.check, config, self._plugins.trainer(config.trainer))
         if violations:
             raise violations_error(violations, Reason.INVALID_RUN_CONFIG)
 
@@ -319,10 +319,10 @@ class RunManager:
         found = await self._events.read(lambda store: store.checkpoints(run_id))
         return await asyncio.to_thread(lambda: [entry for entry in found if is_folder(entry.path)])
 
-    async def report_files(self, run_id: str) -> Paths:
-        """The report's page and its pictures. Raises as `reports.report_files`, and RUN_NOT_FOUND."""
+    async def open_report(self, run_id: str) -> OpenFiles:
+        """The report's page and its pictures. Raises as `reports.open_report`, and RUN_NOT_FOUND."""
         run = await self._ledger.get(run_id)
-        return await asyncio.to_thread(report_files, self._home, run)
+        return await asyncio.to_thread(open_report, self._home, run)
 
     # What workers say
 
@@ -401,15 +401,18 @@ class RunManager:
 
     async def _finish_writing(self) -> None:
         """Finish or undo what was under way in the files when the earlier daemon ended."""
-        for run_id in await self._events.read(lambda store: store.deleted_runs()):
-            await self._remove_deleted(run_id)
         known = await self._events.read(lambda store: store.run_ids())
+        spellings = {run_id.casefold() for run_id in known}
+        for run_id in await self._events.read(lambda store: store.deleted_runs()):
+            if run_id.casefold() not in spellings:
+                await self._remove_deleted(run_id)
         await asyncio.to_thread(tidy_up, self._home, known)
 
     async def close(self, grace: float = STOP_GRACE_SECONDS) -> None:
         """Stop scheduling and let live runs write a checkpoint, for up to `grace` seconds; they end INTERRUPTED."""
         self._closing = True
         await self._scheduler.close(grace)
+        self._preflight.close()
 
     def _refuse_when_closing(self) -> None:
         if self._closing:

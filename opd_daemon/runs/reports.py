@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
+from typing import BinaryIO
 
 from opd_daemon.errors import OpdError, Reason
 from opd_daemon.home import Home
+from opd_daemon.runs.downloads import open_files
 from opd_daemon.types import Run, RunState
 
 # Two writers of one report would use the same temporary names.
@@ -19,11 +20,12 @@ def report_path(home: Home, run: Run) -> str:
     return str(path) if run.state.resting and path.is_file() else ""
 
 
-def report_files(home: Home, run: Run) -> list[Path]:
+def open_report(home: Home, run: Run) -> list[BinaryIO]:
     """The report's page, then its pictures. A run that ended early gets one of what it did until then. Blocks.
 
     Raises:
-        OpdError: REPORT_NOT_FOUND for a run that hasn't finished, or ended before it measured anything; DISK_FULL.
+        OpdError: REPORT_NOT_FOUND for a run that hasn't finished, ended before it measured anything, or is being
+            deleted; DISK_FULL.
     """
     if not run.state.resting:
         message = f"run {run.run_id!r} is {run.state}; its report is written when it has finished"
@@ -35,4 +37,9 @@ def report_files(home: Home, run: Run) -> list[Path]:
             from opd_daemon.distill.report import write_report  # imports matplotlib
 
             write_report(run, folders)
-        return [folders.report, *sorted(folders.pictures.glob("*.png"))]
+        # Opened before anybody may write it anew.
+        try:
+            return open_files([folders.report, *sorted(folders.pictures.glob("*.png"))])
+        except FileNotFoundError:
+            message = f"the report of run {run.run_id!r} has been deleted; ask again, and it is written if it can be"
+            raise OpdError(Reason.REPORT_NOT_FOUND, message, run_id=run.run_id) from None

@@ -6,10 +6,9 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from os.path import realpath
 
 from opd_daemon.errors import OpdError, Reason
-from opd_daemon.runs.attempt import Attempt, RunServices
+from opd_daemon.runs.attempt import Attempt, RunServices, teacher_folder
 from opd_daemon.runs.states import LIVE, moved
 from opd_daemon.types import Event, Run, RunState
 
@@ -113,9 +112,9 @@ class Scheduler:
                 return
             if stored.run.run_id in self._attempts:
                 continue
-            teachers = {_folder(attempt.config.teacher_model_path) for attempt, _ in self._attempts.values()}
+            teachers = {attempt.teacher for attempt, _ in self._attempts.values()}
             # One teacher is resident: a run with another one waits until the runs before it are done.
-            if teachers - {_folder(stored.run.config["teacher_model_path"])}:
+            if teachers - {teacher_folder(stored.run)}:
                 return
             self._begin(stored.run)
 
@@ -136,8 +135,3 @@ def _stopping(run: Run) -> tuple[Run, Event] | None:
     if run.state not in LIVE or run.state is RunState.STOPPING:
         return None
     return moved(run, RunState.STOPPING, message="the daemon stops")
-
-
-def _folder(path: str) -> str:
-    """The folder a path leads to, by whatever links."""
-    return realpath(path)

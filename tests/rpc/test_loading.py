@@ -7,6 +7,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import cast
 
+import pytest
+
+from opd_daemon import failpoints
+from opd_daemon.errors import OpdError
 from opd_daemon.events import EventLog
 from opd_daemon.paths import AllowedRoots
 from opd_daemon.rpc.access import Caller, caller
@@ -59,6 +63,28 @@ async def test_a_load_whose_caller_left_is_announced_when_it_ends(
                 return await told(events) == names
 
             await until(ready)
+
+
+@asynchronous
+async def test_what_a_full_disk_kept_from_being_announced_is_announced_later(
+    tmp_path: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("opd_daemon.rpc.assembly.ANNOUNCE_SECONDS", 0.05)
+    async with resident(Home(tmp_path)) as (teacher, events):
+        failpoints.arm({"OPD_FAILPOINTS": "store.commit.before=error:ENOSPC@1+", "OPD_TEST_HARNESS": "1"})
+        try:
+            with pytest.raises(OpdError, match="no space left"):
+                await teacher.ensure(str(tiny_teacher))
+            assert await told(events) == []
+        finally:
+            failpoints.arm({})
+
+        async def ready() -> bool:
+            return await told(events) == [tiny_teacher.name]
+
+        await until(ready)
+        await teacher.announce()
+        assert await ready()
 
 
 @asynchronous

@@ -20,9 +20,10 @@ from opd_daemon.errors import FieldViolation, OpdError
 from opd_daemon.events import EventLog
 from opd_daemon.home import Home
 from opd_daemon.plugins import LoadedPlugin, PluginRegistry
-from opd_daemon.runs.attempt import Preflight, Teaching
+from opd_daemon.runs.attempt import Teaching
 from opd_daemon.runs.manager import RunManager
 from opd_daemon.runs.plans import PlanRequest
+from opd_daemon.runs.preflight import Preflight
 from opd_daemon.runs.workers import Workers
 from opd_daemon.store import Store
 from opd_daemon.trainer import TrainerInfo

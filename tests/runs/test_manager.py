@@ -8,8 +8,10 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Awaitable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +404,26 @@ async def test_files_that_vanish_while_a_run_waits_fail_it_in_words(tmp_path: Pa
         assert "/d/prompts.jsonl: no such file" in run.error_message
 
 
+@asynchronous
+async def test_a_waiting_run_that_can_not_be_read_any_more_fails_alone(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    async with stage.daemon() as daemon:
+        await daemon.start()
+        changed = {"another_version": {"field_of_it": 1}, "no_teacher": {"teacher_model_path": None}}
+        for run_id in (*changed, "sound"):
+            await daemon.create(run_id=run_id)
+        for run_id, changes in changed.items():
+            run = await daemon.runs.get(run_id)
+            strange = replace(run, config={**run.config, **changes})
+            await daemon.events.commit(partial(Store.update_run, run=strange))
+    async with stage.daemon() as daemon:
+        for run_id, changes in changed.items():
+            run = await daemon.reach(run_id, S.FAILED)
+            assert run.error_reason == "INVALID_RUN_CONFIG"
+            assert f"config.{next(iter(changes))}" in run.error_message
+        await daemon.worker_says("sound", "ready")
+
+
 @pytest.mark.parametrize(
     ("worker", "state", "words"),
     [
@@ -713,6 +735,41 @@ async def test_a_run_waits_for_a_full_disk_without_hammering_it(
         assert 3 < armed.reached["disk.write"] < 20
         failpoints.arm({})
         await daemon.worker_says(run_id, "ready")
+
+
+@pytest.mark.parametrize("again", ["nightly", "Nightly"])
+@asynchronous
+async def test_a_deletion_that_was_not_seen_through_spares_the_next_run_of_that_name(
+    tmp_path: Path, again: str
+) -> None:
+    stage = Stage(tmp_path, worker="fail")
+    async with stage.daemon() as daemon:
+        await daemon.create(run_id="nightly")
+        await daemon.reach("nightly", S.FAILED)
+        await daemon.runs._scheduler.wait("nightly")
+        arm("store.commit.before=error:ENOSPC@2")  # the run is forgotten, that its files are gone is not stored
+        assert (await refusal(daemon.runs.delete("nightly"))).reason is Reason.DISK_FULL
+        failpoints.arm({})
+        assert await daemon.events.read(Store.deleted_runs) == ["nightly"]
+        await daemon.create(run_id=again)
+        await daemon.reach(again, S.FAILED)
+        written = write_checkpoint(daemon, again, 5)
+        assert await daemon.events.read(Store.deleted_runs) == []
+    async with stage.daemon():
+        assert written.exists()
+        assert stage.home.run(again).config.exists()
+
+
+@asynchronous
+async def test_files_of_a_known_run_are_never_removed_as_those_of_a_deleted_one(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, worker="fail")
+    async with stage.daemon() as daemon:
+        run_id = await daemon.create()
+        await daemon.reach(run_id, S.FAILED)
+    with closing(sqlite3.connect(stage.home.database)) as database, database:
+        database.execute("INSERT INTO facts VALUES (?, '')", (f"deleted:{run_id}",))
+    async with stage.daemon():
+        assert stage.home.run(run_id).config.exists()
 
 
 @asynchronous
