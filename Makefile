@@ -29,8 +29,8 @@ soak: soak-tests soak-stall
 	$(BIN)/python bench/overload.py
 
 soak-tests: $(VENV)/.installed-dev openblas
-	OPD_SOAK=1 $(BIN)/python -m pytest --capture=no --timeout 5400 --ignore tests/watch/test_stall.py \
-		tests/watch tests/crash tests/bad_inputs
+	OPD_SOAK=1 OPD_GARBAGE_CONNECTIONS=10000 $(BIN)/python -m pytest --capture=no --timeout 5400 \
+		--ignore tests/watch/test_stall.py tests/watch tests/crash tests/bad_inputs tests/web/test_endurance.py
 
 soak-stall: $(VENV)/.installed-dev openblas
 	OPD_SOAK=1 $(BIN)/python -m pytest --capture=no tests/watch/test_stall.py

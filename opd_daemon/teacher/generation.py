@@ -26,7 +26,7 @@ SEQUENCES_OF_ONE_CLIENT, SEQUENCES_BESIDE_OTHERS = 32, 8
 PREFILL_SEQUENCES, PREFILL_OF_ONE_CLIENT = 8, 7
 # Tokens of prompts in one round, in pieces of a scoring pass: alone, and while several clients want the teacher.
 ROUND_PIECES, CONTENDED_ROUND_PIECES = 4, 1 / 4
-
+# Logits divided by a lower temperature may leave float32.
 COLDEST = 1e-6
 
 Sampler = Callable[[mx.array], mx.array]

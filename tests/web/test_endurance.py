@@ -14,7 +14,7 @@ from opd_daemon.web import guard, server
 from tests.asynchronous import asynchronous
 from tests.web.port import Port, bearer, open_port
 
-# `make soak` raises it to 10 000.
+# `make soak` makes it 10 000.
 GARBAGE = int(os.environ.get("OPD_GARBAGE_CONNECTIONS", "500"))
 PATIENCE = 0.3
 JSON = "Content-Type: application/json"
