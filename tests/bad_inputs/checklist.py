@@ -32,7 +32,7 @@ CHECKLIST: dict[int, tuple[str, str, str]] = {
     11: ("reset in mid-stream", "the handler's finally ran", "tests/rpc/test_interceptor.py::test_a_caller_that_goes_away_closes_the_handler_at_once"),
     12: ("client stops reading", "memory flat", "tests/teacher/test_stalled.py::test_a_reader_who_stops_has_a_fixed_share_of_memory"),
     13: ("deadline past", "nothing computed", "tests/bad_inputs/test_teacher.py::test_a_deadline_that_is_past_computes_nothing"),
-    14: ("cancel while queued or computing", "slot freed", "tests/bad_inputs/test_teacher.py::test_who_cancels_frees_the_queue"),
+    14: ("cancel while queued or computing", "slot freed", "tests/teacher/test_service.py::test_a_pass_whose_caller_left_is_given_up_between_two_pieces"),
     15: ("slowloris on HTTP", "serving", "tests/web/test_endurance.py::test_a_client_is_left_that"),
     16: ("gzip bomb", "within the limit", "tests/bad_inputs/test_wire.py::test_a_gzip_bomb_is_not_unpacked_beyond_the_limit"),
     17: ("0 tokens, 1, the context, one more", "INVALID_ARGUMENT, the field", ARGUMENTS),
