@@ -117,9 +117,10 @@ class _Call:
         self.fault: OpdError | None = None
         try:
             self._caller = gate.admit(self._method, _header(details))
+            self.of_stranger = self._caller is STRANGER
         except OpdError as fault:
             self.fault = fault
-        self.of_stranger = self._caller is STRANGER
+            self.of_stranger = fault.reason is not Reason.OUT_OF_SCOPE
 
     async def refused(self, _: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
         self._begin(context)

@@ -237,6 +237,21 @@ def test_a_flood_without_a_token_fills_no_log(caplog: pytest.LogCaptureFixture, 
     assert 10 <= len(caplog.records) < 80
 
 
+def test_what_a_worker_may_not_call_is_told_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    border = Border(Gate(TOKEN, lambda token: "r1" if token == "worker" else None), Home(Path("home")))
+
+    @asynchronous
+    async def scenario() -> None:
+        async with serving(border, List=handler("unary_unary", lambda: None)) as address:
+            for _ in range(3 * interceptor.STRANGERS_TOLD):
+                error = await refusal(address, "List", "unary_unary", b"", (("authorization", "Bearer worker"),))
+                assert error.reason is Reason.OUT_OF_SCOPE
+
+    with caplog.at_level(logging.INFO, interceptor.__name__):
+        scenario()
+    assert len(caplog.records) == 3 * interceptor.STRANGERS_TOLD
+
+
 @asynchronous
 async def test_a_caller_that_goes_away_closes_the_handler_at_once() -> None:
     happened: list[str] = []
